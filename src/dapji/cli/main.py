@@ -1,0 +1,81 @@
+"""`dapji`: the group of commands, and the one place where our exceptions become messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from dapji import __version__
+from dapji.errors import DapjiError
+
+COMMANDS = {
+    "chat": "Talk with a model in the terminal.",
+    "run": "Complete one prompt and exit.",
+    "pull": "Fetch a model into the store.",
+    "list": "List installed and known models.",
+    "show": "Print what a model is: architecture, size, quantisation, template, licence.",
+    "remove": "Delete a model from the store.",
+    "quantize": "Write a smaller copy of a model.",
+    "perplexity": "Measure how well a model predicts a text.",
+    "bench": "Measure speed beside what this machine could do.",
+    "doctor": "Tell what this machine offers, and what is wrong.",
+}
+"""Name -> line in the list of commands; `dapji.cli.NAME` holds a click command called `command`."""
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when that command is used; the list of commands needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"dapji.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="dapji %(version)s")
+def cli() -> None:
+    """Run open language models on hardware that you control, with no network.
+
+    \b
+    Examples:
+      dapji chat                            talk with the default model (fetched once)
+      dapji chat --small "Hello!"           one answer from a 98 MB model
+      dapji run smollm2-135m "Once upon"    plain completion
+      dapji show ./model.gguf               what is in a file
+      dapji COMMAND --help                  options and examples of a command
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 our error (message on stderr), 2 usage, 130 interrupted."""
+    try:
+        result: Any = cli.main(args=argv, prog_name="dapji", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`dapji ... | head`): say nothing, and keep Python from saying it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except DapjiError as error:
+        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+        if error.hint:
+            click.echo(click.style("hint: ", fg="cyan", bold=True) + error.hint, err=True)
+        sys.exit(1)
