@@ -6,49 +6,10 @@ Knows neither config.json nor GGUF (`families` translates those) and no executor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from dapji.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How the rotation frequencies are stretched beyond the length that the model was trained on.
-
-    linear: Chen et al. 2023, "Extending Context Window of LLMs via Positional Interpolation".
-    dynamic: NTK-aware, base grows with the context that the executor is opened for.
-    yarn: Peng et al. 2023, "YaRN: Efficient Context Window Extension of LLMs".
-    llama3: three bands of wavelengths, as published with Llama 3.1.
-    """
-
-    kind: Literal["linear", "dynamic", "yarn", "llama3"]
-    factor: float
-    original_context: int
-    """Length before scaling, in tokens."""
-    low_frequency_factor: float = 1.0
-    """llama3: wavelengths longer than original_context / this are divided by `factor`."""
-    high_frequency_factor: float = 4.0
-    """llama3: wavelengths shorter than original_context / this stay."""
-    beta_fast: float = 32.0
-    """yarn: rotations over original_context above which a frequency stays."""
-    beta_slow: float = 1.0
-    """yarn: rotations below which it is divided by `factor`."""
-    attention_factor: float | None = None
-    """yarn: factor on cos and sin; None: computed as 0.1 ln(factor) + 1."""
-    truncate: bool = True
-    """yarn: round the two band limits outwards to whole dimensions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021), pairs (i, i + dim/2) rotated by position * frequency_i."""
-
-    theta: float
-    dim: int
-    """Rotated dimensions of each head, even, <= head_dim."""
-    scaling: RopeScaling | None = None
-    frequency_factors: tuple[float, ...] | None = None
-    """dim/2 explicit divisors of the frequencies (GGUF's rope_freqs tensor), instead of `scaling`."""
+from dapji.ops.protocol import Activation
+from dapji.ops.rope import RopeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +26,13 @@ class AttentionConfig:
     out_bias: bool = False
 
     def __post_init__(self) -> None:
+        _positive(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")
+        if self.rope is not None and self.rope.dim > self.head_dim:
+            raise ConfigError(f"rope.dim ({self.rope.dim}) must be at most head_dim ({self.head_dim})")
+        if self.window is not None:
+            _positive(window=self.window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +40,11 @@ class FeedForwardConfig:
     """down(activation(gate(x)) * up(x))."""
 
     hidden_dim: int
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(hidden_dim=self.hidden_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +67,44 @@ class ModelConfig:
     tied_head: bool
     """The head is the embedding matrix."""
 
+    def __post_init__(self) -> None:
+        _positive(dim=self.dim, vocab_size=self.vocab_size, max_context=self.max_context, n_layers=self.n_layers)
+        if not self.norm_eps >= 0:
+            raise ConfigError(f"norm_eps ({self.norm_eps}) must not be negative")
+
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight that a model of this configuration has: canonical name -> shape, matrices as [out, in]."""
+    shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, config.dim)}
+
+    def linear(name: str, bias: bool, rows: int, cols: int) -> None:
+        shapes[name] = (rows, cols)
+        if bias:
+            shapes[f"{name}_bias"] = (rows,)
+
+    for i, layer in enumerate(config.layers):
+        attention, feed_forward = layer.attention, layer.feed_forward
+        q_dim, kv_dim = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim
+        shapes[f"layers.{i}.attention.norm"] = (config.dim,)
+        linear(f"layers.{i}.attention.q", attention.qkv_bias, q_dim, config.dim)
+        linear(f"layers.{i}.attention.k", attention.qkv_bias, kv_dim, config.dim)
+        linear(f"layers.{i}.attention.v", attention.qkv_bias, kv_dim, config.dim)
+        linear(f"layers.{i}.attention.o", attention.out_bias, config.dim, q_dim)
+        shapes[f"layers.{i}.feed_forward.norm"] = (config.dim,)
+        linear(f"layers.{i}.feed_forward.gate", feed_forward.bias, feed_forward.hidden_dim, config.dim)
+        linear(f"layers.{i}.feed_forward.up", feed_forward.bias, feed_forward.hidden_dim, config.dim)
+        linear(f"layers.{i}.feed_forward.down", feed_forward.bias, config.dim, feed_forward.hidden_dim)
+    shapes["norm"] = (config.dim,)
+    if not config.tied_head:
+        shapes["head"] = (config.vocab_size, config.dim)
+    return shapes
+
+
+def _positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} ({size}) must be positive")

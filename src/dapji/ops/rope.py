@@ -1,0 +1,189 @@
+"""Rotary position embedding: its description and its tables of cosines and sines.
+
+Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding". The tables are computed in float32, in
+the order of operations of the models' published code, so that a phase at position 100,000 has the same rounding error
+as there. Every executor rotates by the same tables. Knows neither models nor files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.errors import ConfigError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How the rotation frequencies are stretched beyond the length that the model was trained on.
+
+    linear: Chen et al. 2023, "Extending Context Window of LLMs via Positional Interpolation".
+    dynamic: NTK-aware: theta grows with the context that the executor is opened for, and then stays.
+    yarn: Peng et al. 2023, "YaRN: Efficient Context Window Extension of LLMs".
+    llama3: three bands of wavelengths, as published with Llama 3.1.
+    """
+
+    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: float
+    original_context: int
+    """Length before scaling, in tokens."""
+    low_frequency_factor: float = 1.0
+    """llama3: wavelengths longer than original_context / this are multiplied by `factor`."""
+    high_frequency_factor: float = 4.0
+    """llama3: wavelengths shorter than original_context / this stay."""
+    beta_fast: float = 32.0
+    """yarn: a frequency with more rotations than this over original_context stays."""
+    beta_slow: float = 1.0
+    """yarn: one with fewer is divided by `factor`."""
+    attention_factor: float | None = None
+    """yarn: factor on cos and sin; None: 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: round the two band limits outwards to whole dimensions."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(f"rope scaling {self.kind}: factor ({self.factor}) must be at least 1")
+        if self.original_context < 1:
+            raise ConfigError(f"rope scaling {self.kind}: original_context ({self.original_context}) must be positive")
+        if self.kind == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
+            raise ConfigError(
+                f"rope scaling llama3: low_frequency_factor ({self.low_frequency_factor}) must be positive and less "
+                f"than high_frequency_factor ({self.high_frequency_factor})"
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            raise ConfigError(
+                f"rope scaling yarn: beta_slow ({self.beta_slow}) must be positive and at most "
+                f"beta_fast ({self.beta_fast})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Pairs (i, i + dim/2) of a head's first `dim` values are rotated by position * frequency_i."""
+
+    theta: float
+    dim: int
+    """Rotated dimensions of each head, even, <= head_dim."""
+    scaling: RopeScaling | None = None
+    frequency_factors: tuple[float, ...] | None = None
+    """dim/2 explicit divisors of the frequencies (GGUF's rope_freqs tensor), instead of `scaling`."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise ConfigError(f"rope: dim ({self.dim}) must be even and at least 2")
+        if self.theta <= 1:
+            raise ConfigError(f"rope: theta ({self.theta}) must be greater than 1")
+        if self.scaling is not None and self.scaling.kind == "dynamic" and self.dim == 2:
+            raise ConfigError("rope: dynamic scaling needs a dim greater than 2")
+        if self.frequency_factors is not None:
+            if self.scaling is not None:
+                raise ConfigError(f"rope: frequency_factors and scaling ({self.scaling.kind}) exclude each other")
+            if len(self.frequency_factors) != self.dim // 2:
+                raise ConfigError(f"rope: {len(self.frequency_factors)} frequency_factors for dim/2 ({self.dim // 2})")
+            if min(self.frequency_factors) <= 0:
+                raise ConfigError(f"rope: frequency_factors must be positive, not {min(self.frequency_factors)}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RopeTable:
+    """cos and sin of every angle up to a context, already multiplied by yarn's attention factor."""
+
+    cos: Floats
+    """[context, dim/2]"""
+    sin: Floats
+    """[context, dim/2]"""
+
+    @property
+    def dim(self) -> int:
+        return 2 * int(self.cos.shape[1])
+
+
+class RopeTables:
+    """The tables of every rope of a model for one context, each computed once."""
+
+    def __init__(self, context: int) -> None:
+        self.context = context
+        self._tables: dict[RopeConfig, RopeTable] = {}
+
+    def __getitem__(self, rope: RopeConfig) -> RopeTable:
+        if rope not in self._tables:
+            self._tables[rope] = rope_table(rope, self.context)
+        return self._tables[rope]
+
+
+def rope_table(rope: RopeConfig, context: int) -> RopeTable:
+    """cos and sin, [context, dim/2] float32 each, of the angles position * frequency."""
+    positions = np.arange(context, dtype=np.float32)
+    angles = positions[:, None] * rope_frequencies(rope, context)  # [context, dim/2]
+    factor = np.float32(_attention_factor(rope.scaling))
+    return RopeTable(cos=np.cos(angles) * factor, sin=np.sin(angles) * factor)
+
+
+def rope_frequencies(rope: RopeConfig, context: int) -> Floats:
+    """Radians per token of each pair, [dim/2] float32, for an executor of this context (dynamic scaling needs it)."""
+    scaling = rope.scaling
+    theta = rope.theta
+    if scaling is not None and scaling.kind == "dynamic":
+        length = max(context, scaling.original_context)
+        stretch = scaling.factor * length / scaling.original_context - (scaling.factor - 1)
+        theta *= stretch ** (rope.dim / (rope.dim - 2))
+    wavelengths: Floats = np.power(
+        np.float32(theta), np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    )
+    if rope.frequency_factors is not None:
+        wavelengths = np.array(rope.frequency_factors, dtype=np.float32) * wavelengths
+    frequencies: Floats = np.float32(1) / wavelengths
+    if scaling is None or scaling.kind == "dynamic":
+        return frequencies
+    if scaling.kind == "linear":
+        slowed: Floats = frequencies / np.float32(scaling.factor)
+        return slowed
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling)
+    return _yarn(wavelengths, rope.theta, scaling)
+
+
+def _attention_factor(scaling: RopeScaling | None) -> float:
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0
+
+
+def _llama3(frequencies: Floats, scaling: RopeScaling) -> Floats:
+    """Short waves stay, long ones are stretched by `factor`, those between are blended."""
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    waves = np.float32(2 * math.pi) / frequencies
+    stretched = frequencies / np.float32(scaling.factor)
+    keep = (np.float32(scaling.original_context) / waves - np.float32(low)) / np.float32(high - low)
+    blended = (1 - keep) * frequencies / np.float32(scaling.factor) + keep * frequencies
+    banded: Floats = np.where(waves > scaling.original_context / low, stretched, blended)
+    banded = np.where(waves < scaling.original_context / high, frequencies, banded)
+    return banded
+
+
+def _yarn(wavelengths: Floats, theta: float, scaling: RopeScaling) -> Floats:
+    """A ramp over the dimensions from the unscaled frequency (fast) to the one divided by `factor` (slow)."""
+    dim = 2 * len(wavelengths)
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) dimension that turns so often over the original context."""
+        return dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # as published: a step instead of a ramp
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    keep = 1 - ramp
+    blended: Floats = 1 / (np.float32(scaling.factor) * wavelengths) * (1 - keep) + 1 / wavelengths * keep
+    return blended
