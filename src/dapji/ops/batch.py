@@ -34,6 +34,13 @@ class Batch:
     rows: NDArray[np.int32]
     """[R] rising indices into the T tokens: those whose logits are wanted. May be empty."""
 
+    def slots(self, sequence: int) -> NDArray[np.int64]:
+        """[S] cache slots (block * KV_BLOCK + offset) of a sequence's tokens, from position 0 to its last new one."""
+        positions = np.arange(self.positions[self.starts[sequence + 1] - 1] + 1, dtype=np.int64)
+        slots: NDArray[np.int64] = self.blocks[sequence, positions // KV_BLOCK].astype(np.int64) * KV_BLOCK
+        slots += positions % KV_BLOCK
+        return slots
+
     @staticmethod
     def single(tokens: NDArray[np.int32] | list[int], *, past: int = 0, all_rows: bool = True) -> Batch:
         """One sequence in blocks 0, 1, 2 … : `tokens` follow `past` cached ones. For tests and simple loops."""

@@ -142,8 +142,8 @@ def rope_frequencies(rope: RopeConfig, context: int) -> Floats:
     if scaling is None or scaling.kind == "dynamic":
         return frequencies
     if scaling.kind == "linear":
-        slowed: Floats = frequencies / np.float32(scaling.factor)
-        return slowed
+        frequencies /= np.float32(scaling.factor)
+        return frequencies
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling)
     return _yarn(wavelengths, rope.theta, scaling)
@@ -164,9 +164,8 @@ def _llama3(frequencies: Floats, scaling: RopeScaling) -> Floats:
     stretched = frequencies / np.float32(scaling.factor)
     keep = (np.float32(scaling.original_context) / waves - np.float32(low)) / np.float32(high - low)
     blended = (1 - keep) * frequencies / np.float32(scaling.factor) + keep * frequencies
-    banded: Floats = np.where(waves > scaling.original_context / low, stretched, blended)
-    banded = np.where(waves < scaling.original_context / high, frequencies, banded)
-    return banded
+    blended = np.where(waves > scaling.original_context / low, stretched, blended)
+    return np.where(waves < scaling.original_context / high, frequencies, blended)
 
 
 def _yarn(wavelengths: Floats, theta: float, scaling: RopeScaling) -> Floats:

@@ -1,0 +1,184 @@
+"""The reference: every op in plain numpy float32, slow and readable: the truth that the others are compared with.
+
+Two arithmetics. `activations="f32"` multiplies float32 by dequantised weights. `activations="q8"` first rounds what
+enters a linear with a quantised weight to int8, as integer dot-product kernels must; the products are then exact, so
+that a kernel may differ from this by the order of its float32 sums alone. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.protocol import Activation
+from dapji.ops.rope import RopeTable, RopeTables
+from dapji.ops.tensor import Tensor
+
+Floats = NDArray[np.float32]
+Activations = Literal["f32", "q8"]
+KvFormat = Literal["f32", "f16", "q8"]
+
+Q8_BLOCK = 32
+"""Activations (and, with kv="q8", keys and values) share one scale per so many neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceWeight:
+    """A weight's values, held as float32 whatever the file holds: speed of a step over memory."""
+
+    values: Floats
+    quantized: bool
+
+    @staticmethod
+    def load(tensor: Tensor) -> ReferenceWeight:
+        return ReferenceWeight(values=tensor.float32(), quantized=tensor.format.block > 1)
+
+
+class ReferenceCache:
+    """Keys and values of every layer, in blocks. Rounded on the way in to what `kv` can hold, and kept as float32."""
+
+    def __init__(self, kv_dims: Sequence[int], n_blocks: int, kv: KvFormat) -> None:
+        """kv_dims: K * Dh of each layer."""
+        self.kv: KvFormat = kv
+        self.keys = [np.zeros((n_blocks * KV_BLOCK, dim), dtype=np.float32) for dim in kv_dims]  # [slots, K*Dh]
+        self.values = [np.zeros((n_blocks * KV_BLOCK, dim), dtype=np.float32) for dim in kv_dims]
+
+    def write(self, layer: int, slots: NDArray[np.int64], k: Floats, v: Floats) -> None:
+        """k, v: [len(slots), K*Dh]."""
+        self.keys[layer][slots] = self._round(k)
+        self.values[layer][slots] = self._round(v)
+
+    def copy_block(self, source: int, target: int) -> None:
+        for rows in (*self.keys, *self.values):
+            rows[target * KV_BLOCK : (target + 1) * KV_BLOCK] = rows[source * KV_BLOCK : (source + 1) * KV_BLOCK]
+
+    def _round(self, x: Floats) -> Floats:
+        if self.kv == "f16":
+            return x.astype(np.float16).astype(np.float32)
+        return round_q8(x) if self.kv == "q8" else x
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceOps:
+    """The ops on one batch."""
+
+    batch: Batch
+    cache: ReferenceCache
+    tables: RopeTables
+    activations: Activations
+
+    def embed(self, weight: ReferenceWeight) -> Floats:
+        return weight.values[self.batch.tokens]
+
+    def norm(self, x: Floats, weight: ReferenceWeight, eps: float) -> Floats:
+        mean_square = np.mean(x * x, axis=-1, keepdims=True)
+        normed: Floats = x / np.sqrt(mean_square + np.float32(eps))
+        return normed * weight.values
+
+    def linear(self, x: Floats, weight: ReferenceWeight, bias: ReferenceWeight | None = None) -> Floats:
+        if weight.quantized and self.activations == "q8":
+            x = round_q8(x)
+        y = x @ weight.values.T
+        return y if bias is None else y + bias.values
+
+    def rope(self, x: Floats, table: RopeTable, head_dim: int) -> Floats:
+        heads = x.reshape(len(x), -1, head_dim)  # [T, n, Dh]
+        cos = table.cos[self.batch.positions, None, :]  # [T, 1, dim/2]
+        sin = table.sin[self.batch.positions, None, :]
+        first, second, rest = np.split(heads, [table.dim // 2, table.dim], axis=-1)
+        rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+        return rotated.reshape(x.shape)
+
+    def attention(
+        self,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        *,
+        layer: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        scale: float,
+    ) -> Floats:
+        mixed = np.empty_like(q)  # [T, H*Dh]
+        for sequence in range(len(self.batch.starts) - 1):
+            new = slice(self.batch.starts[sequence], self.batch.starts[sequence + 1])
+            positions = self.batch.positions[new]
+            slots = self.batch.slots(sequence)  # [S]
+            self.cache.write(layer, slots[positions], k[new], v[new])
+            # Query heads side by side with the kv head that they share.
+            queries = q[new].reshape(len(positions), n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # [K, H/K, T, Dh]
+            keys = self.cache.keys[layer][slots].reshape(-1, n_kv_heads, 1, head_dim).transpose(1, 2, 3, 0)
+            values = self.cache.values[layer][slots].reshape(-1, n_kv_heads, 1, head_dim).transpose(1, 2, 0, 3)
+            scores = queries @ keys * np.float32(scale)  # [K, H/K, T, S]
+            attended = softmax(np.where(visible(positions, window), scores, np.float32(-np.inf))) @ values
+            mixed[new] = attended.transpose(2, 0, 1, 3).reshape(len(positions), -1)
+        return mixed
+
+    def gated(self, gate: Floats, up: Floats, activation: Activation) -> Floats:
+        return _ACTIVATIONS[activation](gate) * up
+
+    def add(self, a: Floats, b: Floats) -> Floats:
+        return a + b
+
+    def select_rows(self, x: Floats) -> Floats:
+        return x[self.batch.rows]
+
+
+def visible(positions: NDArray[np.int32], window: int | None) -> NDArray[np.bool_]:
+    """[T, S]: whether the query at each of the positions sees the key at 0 … S - 1, S being the last position + 1."""
+    distance = positions[:, None] - np.arange(positions[-1] + 1)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def softmax(x: Floats) -> Floats:
+    """Over the last axis. Every row has a finite value."""
+    weights: Floats = np.exp(x - x.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights
+
+
+def quantize_q8(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """[rows, cols] -> codes [rows, blocks, 32] and scales [rows, blocks, 1]: x is about codes * scales.
+
+    scale = amax / 127; code = x * (127 / amax), rounded half to even, all in float32; a block of zeros has scale 0.
+    cols is a multiple of 32.
+    """
+    blocks = x.reshape(len(x), -1, Q8_BLOCK)
+    amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    return np.rint(blocks * inverse).astype(np.int8), amax / np.float32(127)
+
+
+def round_q8(x: Floats) -> Floats:
+    """x [rows, cols] as int8 codes can hold it."""
+    codes, scales = quantize_q8(x)
+    return (codes * scales).reshape(x.shape)
+
+
+def _silu(x: Floats) -> Floats:
+    # exp of the negative magnitude never overflows
+    small = np.exp(-np.abs(x))
+    sigmoid: Floats = np.where(x >= 0, np.float32(1), small) / (1 + small)
+    return x * sigmoid
+
+
+def _gelu(x: Floats) -> Floats:
+    erf = np.vectorize(math.erf, otypes=[np.float32])
+    return np.float32(0.5) * x * (1 + erf(x / np.float32(math.sqrt(2))))  # type: ignore[no-any-return]
+
+
+def _gelu_tanh(x: Floats) -> Floats:
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))  # type: ignore[no-any-return]
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
