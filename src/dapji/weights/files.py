@@ -1,0 +1,139 @@
+"""Files of tensors: mapped for reading, replaced atomically when written. What GGUF and safetensors share.
+
+Knows no file format; `gguf` and `safetensors` parse their headers into `StoredTensor`s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from dapji.errors import FormatError, ModelNotFound
+from dapji.ops.formats import FORMATS, Bytes, Format
+from dapji.ops.tensor import Tensor
+
+MAX_TENSORS = 1 << 18
+"""A file that claims more is refused: the largest open models have some 100,000."""
+
+
+def map_file(path: Path) -> memoryview:
+    """The file's bytes, mapped, read-only. Raises ModelNotFound or FormatError."""
+    if not path.exists():
+        raise ModelNotFound(f"{path}: no such file")
+    if not path.is_file():
+        raise FormatError(f"{path}: not a file")
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FormatError(f"{path}: the file is empty")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StoredTensor:
+    """A tensor as a file's header describes it: inside the file's bounds, but perhaps of a type that we do not read."""
+
+    file: str
+    name: str
+    type: str
+    """A name in FORMATS, or another one that the file's format defines."""
+    shape: tuple[int, ...]
+    """numpy order: the last dimension is contiguous."""
+    start: int
+    """Offset in the file."""
+    data: memoryview
+    """Its bytes, mapped."""
+
+    def tensor(self) -> Tensor:
+        """The weight, not copied. Raises FormatError where its type is none of FORMATS."""
+        format = FORMATS.get(self.type)
+        if format is None:
+            raise FormatError(
+                f"{self.file}: tensor {self.name!r} has type {self.type}, which is not supported",
+                hint=f"supported: {', '.join(FORMATS)}",
+            )
+        shape = self.shape or (1,)
+        data = np.frombuffer(self.data, dtype=np.uint8).reshape(-1, format.row_bytes(shape[-1]))
+        return Tensor(name=self.name, format=format, shape=shape, data=data)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors by name; each is made when it is asked for, so that one unsupported type does not hide the others."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].tensor()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def check_no_overlap(stored: Iterable[StoredTensor]) -> None:
+    """Raise FormatError where two tensors of one file share bytes."""
+    for a, b in pairwise(sorted(stored, key=lambda tensor: (tensor.start, len(tensor.data)))):
+        if a.start + len(a.data) > b.start and len(b.data):
+            raise FormatError(
+                f"{a.file}: tensor {a.name!r} (bytes {a.start} to {a.start + len(a.data)}) overlaps tensor {b.name!r} "
+                f"(from byte {b.start})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TensorToWrite:
+    """A tensor that a writer asks for when its turn comes, so that a model larger than memory can be written."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Bytes]]
+    """Its rows in order, as uint8 arrays of any number of rows."""
+
+    @property
+    def nbytes(self) -> int:
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        return rows * self.format.row_bytes(self.shape[-1])
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> TensorToWrite:
+        return TensorToWrite(name=name, format=tensor.format, shape=tensor.shape, chunks=lambda: [tensor.data])
+
+    def write(self, file: BinaryIO) -> None:
+        """Append the bytes; checks that they are as many as the header promised."""
+        written = 0
+        for chunk in self.chunks():
+            written += file.write(np.ascontiguousarray(chunk).data)
+        assert written == self.nbytes, f"{self.name}: {written} bytes, the header says {self.nbytes}"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it appears at `path` when the block ends without an exception, whole and synced to disk."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
