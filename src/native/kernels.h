@@ -7,7 +7,7 @@
 namespace dapji {
 
 struct Kernels {
-    MatmulKernels matmul;
+  MatmulKernels matmul;
 };
 
 /// The kernels of `isa`, which must be available.

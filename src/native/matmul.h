@@ -20,40 +20,40 @@ constexpr int kBlock = 32;  // activations that share a scale
 /// scale = max|x| / 127; code = x / scale rounded to nearest even; a block of zeros has scale 0 and codes 0. A block
 /// that holds an infinity or a NaN has that as its scale, so it reaches every output.
 struct Quantized {
-    int64_t cols;     // K, a multiple of 32
-    int8_t* codes;    // [T, K]
-    float* scales;    // [T, K/32]
-    float* sums;      // [T, K/32] scale * sum of the codes
-    int16_t* halves;  // [T, K/32, 2] sum of each 16 codes
+  int64_t cols;     // K, a multiple of 32
+  int8_t* codes;    // [T, K]
+  float* scales;    // [T, K/32]
+  float* sums;      // [T, K/32] scale * sum of the codes
+  int16_t* halves;  // [T, K/32, 2] sum of each 16 codes
 
-    /// Bytes of memory for T tokens, a multiple of 64.
-    static size_t bytes(int64_t tokens, int64_t cols) {
-        return static_cast<size_t>((tokens * (cols + cols / kBlock * 12) + 63) / 64 * 64);
-    }
-    /// Lays the arrays out in `memory`, which has bytes(tokens, cols) bytes, 64-byte aligned.
-    static Quantized in(void* memory, int64_t tokens, int64_t cols) {
-        const int64_t n = tokens * (cols / kBlock);
-        float* const scales = static_cast<float*>(memory);
-        return {cols, reinterpret_cast<int8_t*>(scales + 3 * n), scales, scales + n,
-                reinterpret_cast<int16_t*>(scales + 2 * n)};
-    }
-    /// The same activations from token t on.
-    Quantized from(int64_t t) const {
-        const int64_t n = t * (cols / kBlock);
-        return {cols, codes + t * cols, scales + n, sums + n, halves + 2 * n};
-    }
+  /// Bytes of memory for T tokens, a multiple of 64.
+  static size_t bytes(int64_t tokens, int64_t cols) {
+    return static_cast<size_t>((tokens * (cols + cols / kBlock * 12) + 63) / 64 * 64);
+  }
+  /// Lays the arrays out in `memory`, which has bytes(tokens, cols) bytes, 64-byte aligned.
+  static Quantized in(void* memory, int64_t tokens, int64_t cols) {
+    const int64_t n = tokens * (cols / kBlock);
+    float* const scales = static_cast<float*>(memory);
+    return {cols, reinterpret_cast<int8_t*>(scales + 3 * n), scales, scales + n,
+            reinterpret_cast<int16_t*>(scales + 2 * n)};
+  }
+  /// The same activations from token t on.
+  Quantized from(int64_t t) const {
+    const int64_t n = t * (cols / kBlock);
+    return {cols, codes + t * cols, scales + n, sums + n, halves + 2 * n};
+  }
 };
 
 /// What happens to a finished product r (with the bias added) on its way to y.
 struct Epilogue {
-    enum class Kind : int {
-        store,  // y = r
-        add,    // y = y + r: a residual
-        gate,   // y = activation(y) * r: `up` after `gate` has been stored to the same panels of y
-    };
-    Kind kind = Kind::store;
-    Activation activation = Activation::silu;  // of Kind::gate
-    const float* bias = nullptr;               // [N] or none
+  enum class Kind : int {
+    store,  // y = r
+    add,    // y = y + r: a residual
+    gate,   // y = activation(y) * r: `up` after `gate` has been stored to the same panels of y
+  };
+  Kind kind = Kind::store;
+  Activation activation = Activation::silu;  // of Kind::gate
+  const float* bias = nullptr;               // [N] or none
 };
 
 /// Bytes that `linear_q` needs per calling thread, 64-byte aligned; contents do not matter and do not survive.
@@ -61,17 +61,17 @@ constexpr size_t kScratchBytes = 320 * 1024;
 
 /// The matrix kernels of one instruction set.
 struct MatmulKernels {
-    /// Rounds the tokens t0 <= t < t1 of x [T, K], row stride ldx floats, to the same tokens of `out`.
-    void (*quantize)(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantized& out);
+  /// Rounds the tokens t0 <= t < t1 of x [T, K], row stride ldx floats, to the same tokens of `out`.
+  void (*quantize)(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantized& out);
 
-    /// y[t, n] for the rows n of panels p0 <= p < p1 and all T tokens. Quantised formats.
-    /// y: [T, N], row stride ldy floats. scratch: kScratchBytes.
-    void (*linear_q)(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p0, int64_t p1, float* y,
-                     size_t ldy, const Epilogue& epilogue, void* scratch);
+  /// y[t, n] for the rows n of panels p0 <= p < p1 and all T tokens. Quantised formats.
+  /// y: [T, N], row stride ldy floats. scratch: kScratchBytes.
+  void (*linear_q)(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p0, int64_t p1, float* y,
+                   size_t ldy, const Epilogue& epilogue, void* scratch);
 
-    /// The same for F32, F16 and BF16. x: [T, K] float32, row stride ldx floats.
-    void (*linear_f)(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t p0, int64_t p1, float* y,
-                     size_t ldy, const Epilogue& epilogue);
+  /// The same for F32, F16 and BF16. x: [T, K] float32, row stride ldx floats.
+  void (*linear_f)(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t p0, int64_t p1, float* y,
+                   size_t ldy, const Epilogue& epilogue);
 };
 
 }  // namespace dapji

@@ -44,58 +44,61 @@ enum class Activation : int { silu, gelu, gelu_tanh };
 /// e^x within 2 ulp; 0 below -104, infinity above 88.8, NaN stays.
 template <class S>
 DAPJI_INLINE typename S::F exp(typename S::F x) {
-    // e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial of degree 7 is exact to 5e-9.
-    x = S::min(S::set(89.0f), S::max(S::set(-104.0f), x));
-    const typename S::I n = S::to_int(S::mul(x, S::set(1.44269504f)));
-    const typename S::F nf = S::to_float(n);
-    typename S::F r = S::fma(nf, S::set(-0.693359375f), x);  // ln 2 in two parts; the first has few bits
-    r = S::fma(nf, S::set(2.12194440e-4f), r);
-    typename S::F p = S::set(1.0f / 5040);
-    p = S::fma(p, r, S::set(1.0f / 720));
-    p = S::fma(p, r, S::set(1.0f / 120));
-    p = S::fma(p, r, S::set(1.0f / 24));
-    p = S::fma(p, r, S::set(1.0f / 6));
-    p = S::fma(p, r, S::set(0.5f));
-    p = S::fma(p, r, S::set(1.0f));
-    p = S::fma(p, r, S::set(1.0f));
-    // 2^n in two factors, since n reaches beyond the exponents of normal numbers.
-    const typename S::I half = S::template sra32<1>(n), rest = S::sub_int(n, half), bias = S::set_int(127);
-    p = S::mul(p, S::as_float(S::template shl32<23>(S::add_int(half, bias))));
-    return S::mul(p, S::as_float(S::template shl32<23>(S::add_int(rest, bias))));
+  // e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial of degree 7 is exact to 5e-9.
+  x = S::min(S::set(89.0f), S::max(S::set(-104.0f), x));
+  const typename S::I n = S::to_int(S::mul(x, S::set(1.44269504f)));
+  const typename S::F nf = S::to_float(n);
+  typename S::F r = S::fma(nf, S::set(-0.693359375f), x);  // ln 2 in two parts; the first has few bits
+  r = S::fma(nf, S::set(2.12194440e-4f), r);
+  typename S::F p = S::set(1.0f / 5040);
+  p = S::fma(p, r, S::set(1.0f / 720));
+  p = S::fma(p, r, S::set(1.0f / 120));
+  p = S::fma(p, r, S::set(1.0f / 24));
+  p = S::fma(p, r, S::set(1.0f / 6));
+  p = S::fma(p, r, S::set(0.5f));
+  p = S::fma(p, r, S::set(1.0f));
+  p = S::fma(p, r, S::set(1.0f));
+  // 2^n in two factors, since n reaches beyond the exponents of normal numbers.
+  const typename S::I half = S::template sra32<1>(n), rest = S::sub_int(n, half), bias = S::set_int(127);
+  p = S::mul(p, S::as_float(S::template shl32<23>(S::add_int(half, bias))));
+  return S::mul(p, S::as_float(S::template shl32<23>(S::add_int(rest, bias))));
 }
 
 /// x / (1 + e^-x)
 template <class S>
 DAPJI_INLINE typename S::F silu(typename S::F x) {
-    const typename S::F one = S::set(1.0f);
-    return S::div(x, S::add(one, exp<S>(S::sub(S::zero(), x))));
+  const typename S::F one = S::set(1.0f);
+  return S::div(x, S::add(one, exp<S>(S::sub(S::zero(), x))));
 }
 
 /// x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, by tanh(z) = 2 / (1 + e^-2z) - 1.
 template <class S>
 DAPJI_INLINE typename S::F gelu_tanh(typename S::F x) {
-    const typename S::F one = S::set(1.0f);
-    const typename S::F cubic = S::fma(S::mul(x, x), S::mul(x, S::set(0.044715f)), x);
-    return S::div(x, S::add(one, exp<S>(S::mul(cubic, S::set(-1.5957691216f)))));
+  const typename S::F one = S::set(1.0f);
+  const typename S::F cubic = S::fma(S::mul(x, x), S::mul(x, S::set(0.044715f)), x);
+  return S::div(x, S::add(one, exp<S>(S::mul(cubic, S::set(-1.5957691216f)))));
 }
 
 /// x (1 + erf(x / sqrt 2)) / 2
 template <class S>
 DAPJI_INLINE typename S::F gelu(typename S::F x) {
-    alignas(64) float v[kLanes];
-    S::store(v, x);
-    for (float& e : v) e = 0.5f * e * (1.0f + __builtin_erff(e * 0.70710678f));
-    return S::load(v);
+  alignas(64) float v[kLanes];
+  S::store(v, x);
+  for (float& e : v) e = 0.5f * e * (1.0f + __builtin_erff(e * 0.70710678f));
+  return S::load(v);
 }
 
 template <class S>
 DAPJI_INLINE typename S::F activate(Activation kind, typename S::F x) {
-    switch (kind) {
-        case Activation::silu: return silu<S>(x);
-        case Activation::gelu: return gelu<S>(x);
-        case Activation::gelu_tanh: return gelu_tanh<S>(x);
-    }
-    __builtin_unreachable();
+  switch (kind) {
+    case Activation::silu:
+      return silu<S>(x);
+    case Activation::gelu:
+      return gelu<S>(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh<S>(x);
+  }
+  __builtin_unreachable();
 }
 
 }  // namespace dapji
