@@ -1,0 +1,271 @@
+"""`Family`: how one family of models writes its configuration and its weights in foreign formats.
+
+The functions here are what families share; each family's module says what is its own. Sits below the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dapji.errors import ConfigError
+from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from dapji.models.families.fields import Fields
+from dapji.models.families.rope import rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf
+from dapji.ops.protocol import Activation
+from dapji.ops.rope import RopeConfig
+
+MAX_LAYERS = 4096
+"""A count beyond this is refused before anything is made per layer."""
+
+HF_IGNORABLE = (
+    # how the weights are stored and by what they were written
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "unsloth_version",
+    "unsloth_fixed",
+    "_name_or_path",
+    "transformers.js_config",
+    # training
+    "attention_dropout",
+    "initializer_range",
+    # how a library runs it, without changing the result
+    "pretraining_tp",
+    "use_cache",
+    "_attn_implementation_autoset",
+    # lengths that max_position_embeddings says too
+    "max_sequence_length",
+    "model_max_length",
+    # tokens: the tokenizer and the generation configuration say them
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    # flags of converters
+    "is_llama_config",
+    "is_decoder",
+    "is_encoder_decoder",
+)
+GGUF_IGNORABLE = (
+    "expert_used_count",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+)
+
+_HF_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_TO_HF_ACTIVATION: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family writes itself. `Fields` of GGUF leave out the architecture's prefix."""
+
+    name: str
+    """Also Hugging Face's model_type."""
+    hf_architecture: str
+    """The class of transformers that runs it."""
+    gguf_architecture: str
+    interleaved: bool
+    """In GGUF, rotated rows of q and k are in pairs (2i, 2i + 1)."""
+    rope_freqs: bool
+    """In GGUF, frequency factors may be given as a tensor."""
+    window: bool
+    """Layers may have a sliding window."""
+    from_hf: Callable[[Fields], ModelConfig]
+    to_hf: Callable[[ModelConfig], dict[str, object]]
+    """Everything but model_type and architectures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What every family's config.json says, under the same keys."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    activation: Activation
+    vocab_size: int
+    max_context: int
+    norm_eps: float
+    tied_head: bool
+    rope: RopeConfig
+
+    def __post_init__(self) -> None:
+        if self.n_layers > MAX_LAYERS:
+            raise ConfigError(f"n_layers ({self.n_layers}) must be at most {MAX_LAYERS}")
+
+    def layer(self, *, window: int | None, qkv_bias: bool, out_bias: bool, feed_forward_bias: bool) -> LayerConfig:
+        return LayerConfig(
+            attention=AttentionConfig(
+                n_heads=self.n_heads,
+                n_kv_heads=self.n_kv_heads,
+                head_dim=self.head_dim,
+                rope=self.rope,
+                window=window,
+                qkv_bias=qkv_bias,
+                out_bias=out_bias,
+            ),
+            feed_forward=FeedForwardConfig(
+                hidden_dim=self.hidden_dim, activation=self.activation, bias=feed_forward_bias
+            ),
+        )
+
+    def model(self, family: str, layers: tuple[LayerConfig, ...]) -> ModelConfig:
+        return ModelConfig(
+            family=family,
+            dim=self.dim,
+            vocab_size=self.vocab_size,
+            max_context=self.max_context,
+            norm_eps=self.norm_eps,
+            layers=layers,
+            tied_head=self.tied_head,
+        )
+
+
+def sizes_from_hf(fields: Fields) -> Sizes:
+    """The common keys of config.json. head_dim is optional: hidden_size / num_attention_heads."""
+    dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = _head_dim(dim, n_heads) if "head_dim" not in fields else fields.integer("head_dim")
+    max_context = fields.integer("max_position_embeddings")
+    return Sizes(
+        dim=dim,
+        n_layers=fields.integer("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("num_key_value_heads", n_heads),
+        head_dim=head_dim,
+        hidden_dim=fields.integer("intermediate_size"),
+        activation=fields.choice("hidden_act", _HF_ACTIVATIONS, "silu"),
+        vocab_size=fields.integer("vocab_size"),
+        max_context=max_context,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tied_head=fields.boolean("tie_word_embeddings", False),
+        rope=rope_from_hf(fields, head_dim=head_dim, max_context=max_context),
+    )
+
+
+def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
+    """The inverse of `sizes_from_hf`."""
+    layer = uniform_layer(config)
+    attention = layer.attention
+    if attention.rope is None or attention.rope.dim != attention.head_dim:
+        raise ConfigError(f"config.json of {config.family} has no form for heads that are not rotated as a whole")
+    return {
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": layer.feed_forward.hidden_dim,
+        "hidden_act": _TO_HF_ACTIVATION[layer.feed_forward.activation],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_context,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        **rope_to_hf(attention.rope, max_context=config.max_context),
+    }
+
+
+def uniform_layer(config: ModelConfig) -> LayerConfig:
+    """The one layer that all are equal to, but for their windows."""
+    first = config.layers[0]
+    for i, layer in enumerate(config.layers):
+        unwindowed = replace(layer, attention=replace(layer.attention, window=first.attention.window))
+        if unwindowed != first:
+            raise ConfigError(f"{config.family} has no form for layers that differ: {i} is not as 0")
+    return first
+
+
+def _head_dim(dim: int, n_heads: int) -> int:
+    if n_heads < 1 or dim % n_heads:
+        raise ConfigError(f"hidden size ({dim}) must be divisible by the number of heads ({n_heads})")
+    return dim // n_heads
+
+
+def config_from_gguf(
+    family: str,
+    fields: Fields,
+    *,
+    vocab_size: int,
+    tied_head: bool,
+    qkv_bias: bool,
+    out_bias: bool,
+    feed_forward_bias: bool,
+    frequency_factors: tuple[float, ...] | None,
+) -> ModelConfig:
+    """From `<architecture>.*` metadata and what only the tensors of a GGUF file tell."""
+    if fields.integer("expert_count", 0):
+        raise ConfigError(f"GGUF: experts (expert_count = {fields.integer('expert_count')}) are not supported")
+    fields.require("vocab_size", vocab_size)
+    dim, n_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    max_context = fields.integer("context_length")
+    head_dim = fields.integer("attention.key_length") if "attention.key_length" in fields else _head_dim(dim, n_heads)
+    fields.require("attention.value_length", head_dim)
+    sizes = Sizes(
+        dim=dim,
+        n_layers=fields.integer("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        hidden_dim=fields.integer("feed_forward_length"),
+        activation="silu",
+        vocab_size=vocab_size,
+        max_context=max_context,
+        norm_eps=_shortest(fields.number("attention.layer_norm_rms_epsilon")),
+        tied_head=tied_head,
+        rope=rope_from_gguf(fields, head_dim=head_dim, max_context=max_context, frequency_factors=frequency_factors),
+    )
+    layer = sizes.layer(
+        window=fields.integer("attention.sliding_window", 0) or None,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        feed_forward_bias=feed_forward_bias,
+    )
+    fields.finish(GGUF_IGNORABLE)
+    return sizes.model(family, (layer,) * sizes.n_layers)
+
+
+def config_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """The inverse of `config_from_gguf`, without the architecture's prefix."""
+    layer = uniform_layer(config)
+    attention = layer.attention
+    windows = {layer.attention.window for layer in config.layers}
+    if len(windows) > 1:
+        raise ConfigError("GGUF has no form for windows in some layers only")
+    if layer.feed_forward.activation != "silu":
+        raise ConfigError(f"GGUF: the activation {layer.feed_forward.activation} is not supported, only silu is")
+    if attention.rope is None:
+        raise ConfigError("GGUF has no form for heads that are not rotated")
+    written: dict[str, object] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_context,
+        "embedding_length": config.dim,
+        "block_count": config.n_layers,
+        "feed_forward_length": layer.feed_forward.hidden_dim,
+        "attention.head_count": attention.n_heads,
+        "attention.head_count_kv": attention.n_kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        **rope_to_gguf(attention.rope),
+    }
+    if attention.window is not None:
+        written["attention.sliding_window"] = attention.window
+    return written
+
+
+def _shortest(value: float) -> float:
+    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

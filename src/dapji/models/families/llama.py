@@ -1,0 +1,43 @@
+"""Llama 1, 2, 3, 3.1, 3.2 and 3.3, and the models of the same architecture: SmolLM2, TinyLlama, Vicuna …"""
+
+from __future__ import annotations
+
+from dapji.errors import ConfigError
+from dapji.models.config import ModelConfig
+from dapji.models.families.family import HF_IGNORABLE, Family, sizes_from_hf, sizes_to_hf
+from dapji.models.families.fields import Fields
+
+
+def _from_hf(fields: Fields) -> ModelConfig:
+    sizes = sizes_from_hf(fields)
+    attention_bias = fields.boolean("attention_bias", False)
+    layer = sizes.layer(
+        window=None,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        feed_forward_bias=fields.boolean("mlp_bias", False),
+    )
+    fields.finish(HF_IGNORABLE)
+    return sizes.model("llama", (layer,) * sizes.n_layers)
+
+
+def _to_hf(config: ModelConfig) -> dict[str, object]:
+    attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
+    if attention.qkv_bias != attention.out_bias:
+        raise ConfigError(
+            "config.json of llama has one attention_bias, "
+            f"but qkv_bias is {attention.qkv_bias} and out_bias is {attention.out_bias}"
+        )
+    return {**sizes_to_hf(config), "attention_bias": attention.qkv_bias, "mlp_bias": feed_forward.bias}
+
+
+LLAMA = Family(
+    name="llama",
+    hf_architecture="LlamaForCausalLM",
+    gguf_architecture="llama",
+    interleaved=True,
+    rope_freqs=True,
+    window=False,
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+)

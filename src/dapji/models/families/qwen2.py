@@ -1,0 +1,62 @@
+"""Qwen 2 and 2.5: biases on q, k and v, and optionally a sliding window from some layer on."""
+
+from __future__ import annotations
+
+from dapji.errors import ConfigError
+from dapji.models.config import ModelConfig
+from dapji.models.families.family import HF_IGNORABLE, Family, sizes_from_hf, sizes_to_hf
+from dapji.models.families.fields import Fields
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _from_hf(fields: Fields) -> ModelConfig:
+    sizes = sizes_from_hf(fields)
+    fields.require("use_mrope", False)
+    use_window = fields.boolean("use_sliding_window", False)
+    window = fields.optional_integer("sliding_window", 4096) if use_window else None
+    first_windowed = fields.integer("max_window_layers", 28)
+    types = [_LAYER_TYPES[window is not None and i >= first_windowed] for i in range(sizes.n_layers)]
+    if "layer_types" in fields:
+        types = fields.strings("layer_types")
+        if len(types) != sizes.n_layers:
+            raise ConfigError(f"config.json: {len(types)} layer_types for num_hidden_layers ({sizes.n_layers})")
+        if unknown := sorted(set(types) - set(_LAYER_TYPES)):
+            raise ConfigError(f"config.json: layer_types {unknown[0]!r} is not supported")
+        if window is None and "sliding_attention" in types:
+            raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is false")
+    fields.finish((*HF_IGNORABLE, "sliding_window"))
+    layers = {
+        kind: sizes.layer(window=size, qkv_bias=True, out_bias=False, feed_forward_bias=False)
+        for kind, size in zip(_LAYER_TYPES, (None, window), strict=True)
+    }
+    return sizes.model("qwen2", tuple(layers[kind] for kind in types))
+
+
+def _to_hf(config: ModelConfig) -> dict[str, object]:
+    layer = config.layers[0]
+    if not layer.attention.qkv_bias or layer.attention.out_bias or layer.feed_forward.bias:
+        raise ConfigError("config.json of qwen2 has biases on q, k and v, and no form for others")
+    windows = [layer.attention.window for layer in config.layers]
+    sizes = {window for window in windows if window is not None}
+    if len(sizes) > 1:
+        raise ConfigError(f"config.json of qwen2 has one sliding_window, not {sorted(sizes)}")
+    return {
+        **sizes_to_hf(config),
+        "use_sliding_window": bool(sizes),
+        "sliding_window": sizes.pop() if sizes else None,
+        "max_window_layers": next((i for i, window in enumerate(windows) if window is not None), config.n_layers),
+        "layer_types": [_LAYER_TYPES[window is not None] for window in windows],
+    }
+
+
+QWEN2 = Family(
+    name="qwen2",
+    hf_architecture="Qwen2ForCausalLM",
+    gguf_architecture="qwen2",
+    interleaved=False,
+    rope_freqs=False,
+    window=True,
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+)

@@ -1,0 +1,176 @@
+"""Rotary embedding as foreign configurations write it: Hugging Face's `config.json` and GGUF metadata, both ways.
+
+Knows no model; sits beside the families that use it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from dapji.errors import ConfigError
+from dapji.models.families.fields import Fields
+from dapji.ops.rope import RopeConfig, RopeScaling, rope_frequencies
+
+_KINDS: dict[str, Literal["linear", "dynamic", "yarn", "llama3"] | None] = {
+    "default": None,
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "yarn": "yarn",
+    "llama3": "llama3",
+}
+
+
+def rope_from_hf(fields: Fields, *, head_dim: int, max_context: int) -> RopeConfig:
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before; "type" or "rope_type").
+
+    As there, dynamic scaling starts at max_position_embeddings, and so do yarn and llama3 where
+    original_max_position_embeddings is absent.
+    """
+    fields.require("partial_rotary_factor", 1.0)
+    fields.require("rope_interleaved", False)
+    theta = fields.number("rope_theta", 10_000.0)
+    keys = [key for key in ("rope_parameters", "rope_scaling") if key in fields]
+    if len(keys) == 2:
+        raise ConfigError("config.json: rope_parameters and rope_scaling exclude each other")
+    if not keys:
+        return RopeConfig(theta=theta, dim=head_dim)
+    rope = fields.mapping(keys[0])
+    theta = rope.number("rope_theta", theta)
+    rope.require("partial_rotary_factor", 1.0)
+    if "rope_type" in rope and "type" in rope:
+        rope.require("type", rope.string("rope_type"))
+    kind = rope.choice("type" if "type" in rope and "rope_type" not in rope else "rope_type", _KINDS, "default")
+    scaling = None if kind is None else _scaling_from_hf(kind, rope, max_context)
+    rope.finish(ignorable=_IGNORABLE)
+    return RopeConfig(theta=theta, dim=head_dim, scaling=scaling)
+
+
+_IGNORABLE = ("original_max_position_embeddings", "finetuned")
+"""Carried by some configurations whose scaling has no use for them."""
+
+
+def _scaling_from_hf(
+    kind: Literal["linear", "dynamic", "yarn", "llama3"], rope: Fields, max_context: int
+) -> RopeScaling:
+    factor = rope.number("factor")
+    if kind in ("linear", "dynamic"):
+        return RopeScaling(kind=kind, factor=factor, original_context=max_context)
+    original = rope.integer("original_max_position_embeddings", max_context)
+    if kind == "llama3":
+        return RopeScaling(
+            kind=kind,
+            factor=factor,
+            original_context=original,
+            low_frequency_factor=rope.number("low_freq_factor"),
+            high_frequency_factor=rope.number("high_freq_factor"),
+        )
+    attention_factor = rope.number("attention_factor") if "attention_factor" in rope else None
+    # Zero means absent for both, and one without the other has no effect.
+    mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    if attention_factor is None and mscale and mscale_all:
+        attention_factor = (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all * math.log(factor) + 1)
+    return RopeScaling(
+        kind=kind,
+        factor=factor,
+        original_context=original,
+        beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 1.0) or 1.0,
+        attention_factor=attention_factor,
+        truncate=rope.boolean("truncate", True),
+    )
+
+
+def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
+    """`rope_theta` and `rope_scaling`, the form that every version of transformers reads."""
+    if rope.frequency_factors is not None:
+        raise ConfigError(
+            "config.json has no form for explicit rope frequency factors",
+            hint="take the weights' original config.json with its rope_scaling",
+        )
+    scaling = rope.scaling
+    if scaling is None:
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    written: dict[str, object] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind in ("linear", "dynamic"):
+        if scaling.kind == "dynamic" and scaling.original_context != max_context:
+            raise ConfigError(
+                f"config.json: dynamic rope scaling starts at max_context ({max_context}), "
+                f"not at original_context ({scaling.original_context})"
+            )
+        return {"rope_theta": rope.theta, "rope_scaling": written}
+    written["original_max_position_embeddings"] = scaling.original_context
+    if scaling.kind == "llama3":
+        written["low_freq_factor"] = scaling.low_frequency_factor
+        written["high_freq_factor"] = scaling.high_frequency_factor
+    else:
+        written["beta_fast"] = scaling.beta_fast
+        written["beta_slow"] = scaling.beta_slow
+        written["truncate"] = scaling.truncate
+        if scaling.attention_factor is not None:
+            written["attention_factor"] = scaling.attention_factor
+    return {"rope_theta": rope.theta, "rope_scaling": written}
+
+
+def rope_from_gguf(
+    fields: Fields, *, head_dim: int, max_context: int, frequency_factors: tuple[float, ...] | None
+) -> RopeConfig:
+    """Reads `<architecture>.rope.*`. As llama.cpp does, a factor without a type means linear."""
+    fields.require("rope.scaling.yarn_ext_factor", 1.0)
+    fields.require("rope.scaling.yarn_log_multiplier", 0.0)
+    theta = fields.number("rope.freq_base", 10_000.0)
+    dim = fields.integer("rope.dimension_count", head_dim)
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
+    kind = fields.choice("rope.scaling.type", {"none": None, "linear": "linear", "yarn": "yarn"}, "linear")
+    original = fields.integer("rope.scaling.original_context_length", max_context)
+    scaling = None
+    if kind == "linear" and factor not in (0, 1):
+        scaling = RopeScaling(kind="linear", factor=factor, original_context=max_context)
+    elif kind == "yarn":
+        default = 0.1 * math.log(factor) + 1 if factor >= 1 else 1.0
+        scaling = RopeScaling(
+            kind="yarn",
+            factor=factor,
+            original_context=original,
+            beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+            # A factor on top of the published one.
+            attention_factor=fields.number("rope.scaling.attn_factor") * default
+            if "rope.scaling.attn_factor" in fields
+            else None,
+        )
+    return RopeConfig(theta=theta, dim=dim, scaling=scaling, frequency_factors=frequency_factors)
+
+
+def rope_to_gguf(rope: RopeConfig) -> dict[str, object]:
+    """`rope.*` without the architecture's prefix. llama3 scaling goes into a tensor: `gguf_frequency_factors`."""
+    written: dict[str, object] = {"rope.dimension_count": rope.dim, "rope.freq_base": rope.theta}
+    scaling = rope.scaling
+    if scaling is None or scaling.kind == "llama3":
+        return written
+    if scaling.kind == "dynamic":
+        raise ConfigError("GGUF has no form for dynamic rope scaling")
+    written["rope.scaling.type"] = scaling.kind
+    written["rope.scaling.factor"] = scaling.factor
+    if scaling.kind == "yarn":
+        if not scaling.truncate:
+            raise ConfigError("GGUF has no form for yarn with truncate = false")
+        written["rope.scaling.original_context_length"] = scaling.original_context
+        written["rope.scaling.yarn_beta_fast"] = scaling.beta_fast
+        written["rope.scaling.yarn_beta_slow"] = scaling.beta_slow
+        if scaling.attention_factor is not None:
+            written["rope.scaling.attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1)
+    return written
+
+
+def gguf_frequency_factors(rope: RopeConfig) -> tuple[float, ...] | None:
+    """The divisors of the unscaled frequencies, for rope_freqs; None: none are needed."""
+    if rope.frequency_factors is not None:
+        return rope.frequency_factors
+    if rope.scaling is None or rope.scaling.kind != "llama3":
+        return None
+    plain = rope_frequencies(RopeConfig(theta=rope.theta, dim=rope.dim), context=1)
+    scaled = rope_frequencies(rope, context=1)
+    return tuple(float(factor) for factor in np.divide(plain, scaled))
