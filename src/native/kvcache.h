@@ -1,0 +1,74 @@
+// KvCache: the keys and values of every cached token, in blocks of kKvBlock tokens shared by all layers.
+//
+// A block holds, per layer and kv head, one "tile" laid out for attention.h:
+//   K  [Dh][16]   transposed: one vector of 16 tokens per dimension, so that 16 scores need no horizontal sum
+//   V  [Dp/16][16][16]  per 16 dimensions, 16 tokens of 16 values; Dp = Dh rounded up to 16, the padding zero
+// In q8 the codes are int8 and the floats follow: K scales [G][16], V scales [16][G], G = ceil(Dh / 32): one scale per
+// token, kv head and 32 dimensions, because keys of models with a bias have outliers in single dimensions that would
+// cost a whole head its precision.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace dapji {
+
+constexpr int kKvBlock = 16;  // tokens per block, KV_BLOCK of dapji.ops.batch
+constexpr int kKvGroup = 32;  // dimensions per scale of q8
+
+enum class KvFormat { f32, f16, q8 };
+
+// Where the parts of one tile lie, in bytes from its start.
+struct KvTile {
+  KvFormat format;
+  int head_dim;         // Dh
+  int padded;           // Dp
+  int groups;           // G
+  std::size_t k_scale;  // q8 only
+  std::size_t v;
+  std::size_t v_scale;  // q8 only
+  std::size_t bytes;    // a multiple of 64
+};
+
+KvTile kv_tile(KvFormat format, int head_dim);
+
+struct KvShape {
+  int n_kv_heads;
+  int head_dim;
+};
+
+class KvCache {
+ public:
+  // Owns the memory, zeroed; untouched blocks cost address space only. Throws std::invalid_argument, std::bad_alloc.
+  KvCache(KvFormat format, const std::vector<KvShape>& layers, int n_blocks);
+
+  int n_blocks() const { return n_blocks_; }
+  std::size_t bytes() const { return bytes_; }
+  const KvTile& tile(int layer) const { return layers_[layer].tile; }
+
+  std::byte* at(int layer, int block, int head) {
+    const Layer& shape = layers_[layer];
+    return shape.data + (static_cast<std::size_t>(block) * shape.n_kv_heads + head) * shape.tile.bytes;
+  }
+
+  // All layers of block `source` over block `target`; both in range.
+  void copy_block(int source, int target);
+
+ private:
+  struct Layer {
+    KvTile tile;
+    int n_kv_heads;
+    std::byte* data;  // [n_blocks][n_kv_heads] tiles
+  };
+  struct Free {
+    void operator()(void* memory) const;
+  };
+  int n_blocks_;
+  std::size_t bytes_ = 0;
+  std::unique_ptr<void, Free> memory_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace dapji

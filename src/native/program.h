@@ -1,0 +1,208 @@
+// Program: a model's computation as a flat list of fused operations over buffers, replayed once per step.
+//
+// Built once at load by dapji.ops.native, which records the decoder. A step runs on all threads of a pool from the
+// first operation to the last; in it nothing is allocated and nothing throws.
+//
+// Shapes: T new tokens, R rows whose logits are wanted, B sequences, V vocabulary; buffers are [T, width] float32, rows
+// contiguous. From the `select` operation on, they have R rows.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "kernels.h"
+#include "kvcache.h"
+#include "panels.h"
+#include "pool.h"
+
+namespace dapji {
+
+// The arrays of dapji.ops.batch.Batch; owned by the caller of step().
+struct BatchView {
+  const std::int32_t* tokens;     // [T]
+  const std::int32_t* positions;  // [T]
+  const std::int32_t* starts;     // [B + 1]
+  const std::int32_t* blocks;     // [B, n_columns]
+  const std::int32_t* rows;       // [R]
+  int n_tokens, n_sequences, n_columns, n_rows;
+};
+
+// Floats, 64-byte aligned, that grow without keeping their contents.
+class Scratch {
+ public:
+  void reserve(std::size_t n_floats);  // throws std::bad_alloc
+  float* data() { return data_; }
+  std::size_t bytes() const { return size_ * sizeof(float); }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  float* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+// One matrix of a linear operation and what happens to its product.
+struct Product {
+  std::shared_ptr<const Panels> panels;  // [out, in]
+  std::vector<float> bias;               // [out] or empty
+  int output;                            // buffer, or Program::kLogits
+  Epilogue::Kind kind;
+  Activation activation;
+};
+
+struct Norm {
+  std::vector<float> weight;
+  float eps;
+};
+
+class Program {
+ public:
+  static constexpr int kLogits = -1;  // the output of the whole program, [R, V]
+
+  // widths: of the buffers. layers: of the cache. Starts threads - 1 threads. Throws std::invalid_argument,
+  // std::bad_alloc, std::system_error.
+  Program(Isa isa, int threads, int context, int vocab, KvFormat kv, const std::vector<KvShape>& layers, int n_blocks,
+          const std::vector<int>& widths);
+
+  // ---- building: each appends one operation. Throws std::invalid_argument where shapes do not fit. ----
+
+  // output [T, D] = rows of `table` [V, D] for the batch's tokens
+  void add_embed(std::shared_ptr<const Panels> table, int output);
+
+  // Each product of norm(input) or, without a norm, of input. A product of Kind::gate multiplies the activation of what
+  // the product before it has stored, so the two have one output.
+  void add_linear(int input, std::optional<Norm> norm, std::vector<Product> products);
+
+  // cos, sin: [context, dim/2], copied. Returns the number of the table.
+  int add_rope(const float* cos, const float* sin, int dim);
+
+  // Rotates q and k by table `rope` (-1: not), writes k and v to the cache of `layer`, attends; window 0: all.
+  void add_attention(int q, int k, int v, int output, int layer, int n_heads, int window, int rope, float scale);
+
+  // Keeps of these buffers the batch's rows; what follows has R rows, and nothing else may be read any more.
+  void add_select(std::vector<int> buffers);
+
+  // ---- running ----
+
+  // logits [R, V]. Throws std::invalid_argument for a batch that does not fit, before anything is computed;
+  // std::bad_alloc where a larger batch than ever before finds no memory. One step at a time; others wait.
+  void step(const BatchView& batch, float* logits);
+
+  // Both in range, otherwise std::invalid_argument.
+  void copy_block(int source, int target);
+
+  // ---- inspection ----
+
+  // One line per operation.
+  std::vector<std::string> describe() const;
+  // Whether steps add the time of each operation to times(); resets them.
+  void profile(bool on);
+  // Nanoseconds in each operation since profile(true).
+  std::vector<std::int64_t> times() const { return times_; }
+  std::size_t cache_bytes() const { return cache_.bytes(); }
+  std::size_t buffer_bytes() const;
+  unsigned threads() const { return pool_.size(); }
+  Isa isa() const { return isa_; }
+  int vocab() const { return vocab_; }
+
+ private:
+  struct Embed {
+    std::shared_ptr<const Panels> table;
+    int output;
+  };
+  struct Range {
+    int product;
+    std::int64_t from, to;  // panels
+  };
+  struct Linear {
+    int input;
+    std::int64_t cols;
+    std::optional<Norm> norm;
+    std::vector<Product> products;
+    bool gated;                            // products are (gate, up) of one output
+    bool quantized, floating;              // which forms of the input the products want
+    std::vector<std::vector<Range>> fair;  // per worker: equal shares of the bytes, for few rows
+    std::vector<Range> chunks;             // small shares taken in turn, for many rows
+  };
+  struct Attend {
+    int q, k, v, output, layer;
+    int n_heads, n_kv_heads, head_dim;
+    int window;
+    int rope;
+    float scale;
+  };
+  struct Select {
+    std::vector<int> buffers;
+  };
+  using Operation = std::variant<Embed, Linear, Attend, Select>;
+
+  struct RopeTable {
+    std::vector<float> cos, sin;
+    int dim;
+  };
+  struct Buffer {
+    int width;
+    Scratch memory;
+  };
+  struct Worker {
+    Scratch matmul, attention, normed, quantized;
+  };
+  struct QueryTile {  // consecutive rows of one sequence
+    int sequence, first, n;
+  };
+
+  const float* row(int buffer, int index) const;
+  int width(int buffer) const;
+  void check_buffer(int buffer, const char* what) const;
+  void check(const BatchView& batch);
+  void prepare(const BatchView& batch);
+  void run(unsigned worker);
+  bool run(const Embed& op, std::size_t index, unsigned worker);
+  bool run(const Linear& op, std::size_t index, unsigned worker);
+  bool run(const Attend& op, std::size_t index, unsigned worker);
+  bool run(const Select& op, std::size_t index, unsigned worker);
+  void multiply(const Linear& op, const Range& range, const Quantized& quantized, const float* x, std::size_t ldx,
+                Worker& mine);
+  void write_kv(const Attend& op, int sequence, int token, int head, Worker& mine);
+  std::string describe(const Operation& op) const;
+
+  const Isa isa_;
+  const Kernels& kernels_;
+  const int context_, vocab_;
+  KvCache cache_;
+  std::vector<Buffer> buffers_;
+  std::vector<RopeTable> ropes_;
+  std::vector<Operation> operations_;
+  std::vector<Worker> workers_;
+  std::int64_t max_cols_ = 0;        // widest quantised input
+  std::int64_t max_float_cols_ = 0;  // widest normed input of float weights
+  std::size_t attention_floats_ = 0;
+  int query_rows_ = 32;  // rows of a query tile
+  int window_ = -1;      // how far back any layer looks; 0: to the start
+
+  // Of the current step.
+  std::mutex mutex_;
+  BatchView batch_{};
+  float* logits_ = nullptr;
+  int n_rows_ = 0;       // T, after `select` R; equal on all workers, written between barriers
+  bool single_ = false;  // every sequence has one token
+  int max_segments_ = 1;
+  std::vector<QueryTile> tiles_;
+  Scratch quantized_, normed_, partials_;
+  std::unique_ptr<std::atomic<int>[]> next_;  // per operation (two): next share to take
+  std::vector<std::uint64_t> written_;        // per block: step in which it was written last, and by which sequence
+  std::vector<int> writer_;
+  std::uint64_t n_steps_ = 0;
+  bool profiling_ = false;
+  std::vector<std::int64_t> times_;
+
+  Pool pool_;  // last: its threads end before the rest goes
+};
+
+}  // namespace dapji

@@ -1,0 +1,66 @@
+// Row operations between the matrix products, written once over a Simd struct: RMS norm and rotary embedding.
+//
+// Each output has one fixed order of operations, whatever the number of rows or threads.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace dapji {
+
+template <class S>
+struct RowOps {
+  using F = typename S::F;
+
+  // out = x / sqrt(mean(x^2) + eps) * weight; x, weight, out: [n]. out may be x.
+  static void norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+    const int64_t whole = n / kLanes * kLanes;
+    const int tail = static_cast<int>(n - whole);
+    F squares[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+      for (int j = 0; j < 4; ++j) {
+        const F v = S::load(x + i + j * kLanes);
+        squares[j] = S::fma(v, v, squares[j]);
+      }
+    }
+    for (; i < whole; i += kLanes) {
+      const F v = S::load(x + i);
+      squares[0] = S::fma(v, v, squares[0]);
+    }
+    if (tail > 0) {
+      const F v = S::load(x + i, tail);
+      squares[0] = S::fma(v, v, squares[0]);
+    }
+    const float sum = S::sum(S::add(S::add(squares[0], squares[1]), S::add(squares[2], squares[3])));
+    const F factor = S::div(S::set(1.0f), S::sqrt(S::set(sum / static_cast<float>(n) + eps)));
+    for (i = 0; i < whole; i += kLanes) {
+      S::store(out + i, S::mul(S::mul(S::load(x + i), factor), S::load(weight + i)));
+    }
+    if (tail > 0) {
+      S::store(out + i, S::mul(S::mul(S::load(x + i, tail), factor), S::load(weight + i, tail)), tail);
+    }
+  }
+
+  // out = scale * x [head_dim] with the pairs (i, i + dim/2) of its first `dim` values rotated by cos, sin [dim/2].
+  // dim may be 0: nothing is rotated. out is not x.
+  DAPJI_INLINE static void rotate(const float* x, const float* cos, const float* sin, int dim, int head_dim,
+                                  float scale, float* out) {
+    const int half = dim / 2;
+    const F s = S::set(scale);
+    for (int i = 0; i < half; i += kLanes) {
+      const int n = half - i < kLanes ? half - i : kLanes;
+      const F a = S::load(x + i, n), b = S::load(x + half + i, n);
+      const F c = S::load(cos + i, n), d = S::load(sin + i, n);
+      S::store(out + i, S::mul(s, S::sub(S::mul(a, c), S::mul(b, d))), n);
+      S::store(out + half + i, S::mul(s, S::add(S::mul(b, c), S::mul(a, d))), n);
+    }
+    for (int i = dim; i < head_dim; i += kLanes) {
+      const int n = head_dim - i < kLanes ? head_dim - i : kLanes;
+      S::store(out + i, S::mul(s, S::load(x + i, n)), n);
+    }
+  }
+};
+
+}  // namespace dapji
