@@ -25,7 +25,7 @@ Activations = Literal["f32", "q8"]
 KvFormat = Literal["f32", "f16", "q8"]
 
 Q8_BLOCK = 32
-"""Activations (and, with kv="q8", keys and values) share one scale per so many neighbours."""
+"""So many neighbours of an activation (of a head's key or value, with kv="q8") share one scale."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,16 +43,17 @@ class ReferenceWeight:
 class ReferenceCache:
     """Keys and values of every layer, in blocks. Rounded on the way in to what `kv` can hold, and kept as float32."""
 
-    def __init__(self, kv_dims: Sequence[int], n_blocks: int, kv: KvFormat) -> None:
-        """kv_dims: K * Dh of each layer."""
+    def __init__(self, kv_shapes: Sequence[tuple[int, int]], n_blocks: int, kv: KvFormat) -> None:
+        """kv_shapes: (K, Dh) of each layer."""
         self.kv: KvFormat = kv
-        self.keys = [np.zeros((n_blocks * KV_BLOCK, dim), dtype=np.float32) for dim in kv_dims]  # [slots, K*Dh]
-        self.values = [np.zeros((n_blocks * KV_BLOCK, dim), dtype=np.float32) for dim in kv_dims]
+        n_slots = n_blocks * KV_BLOCK
+        self.keys = [np.zeros((n_slots, *shape), dtype=np.float32) for shape in kv_shapes]  # [slots, K, Dh]
+        self.values = [np.zeros((n_slots, *shape), dtype=np.float32) for shape in kv_shapes]
 
     def write(self, layer: int, slots: NDArray[np.int64], k: Floats, v: Floats) -> None:
         """k, v: [len(slots), K*Dh]."""
-        self.keys[layer][slots] = self._round(k)
-        self.values[layer][slots] = self._round(v)
+        for rows, new in ((self.keys[layer], k), (self.values[layer], v)):
+            rows[slots] = self._round(new.reshape(-1, *rows.shape[1:]))
 
     def copy_block(self, source: int, target: int) -> None:
         for rows in (*self.keys, *self.values):
@@ -116,8 +117,8 @@ class ReferenceOps:
             self.cache.write(layer, slots[positions], k[new], v[new])
             # Query heads side by side with the kv head that they share.
             queries = q[new].reshape(len(positions), n_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # [K, H/K, T, Dh]
-            keys = self.cache.keys[layer][slots].reshape(-1, n_kv_heads, 1, head_dim).transpose(1, 2, 3, 0)
-            values = self.cache.values[layer][slots].reshape(-1, n_kv_heads, 1, head_dim).transpose(1, 2, 0, 3)
+            keys = self.cache.keys[layer][slots].transpose(1, 2, 0)[:, None]  # [K, 1, Dh, S]
+            values = self.cache.values[layer][slots].transpose(1, 0, 2)[:, None]  # [K, 1, S, Dh]
             scores = queries @ keys * np.float32(scale)  # [K, H/K, T, S]
             attended = softmax(np.where(visible(positions, window), scores, np.float32(-np.inf))) @ values
             mixed[new] = attended.transpose(2, 0, 1, 3).reshape(len(positions), -1)
@@ -147,21 +148,25 @@ def softmax(x: Floats) -> Floats:
 
 
 def quantize_q8(x: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """[rows, cols] -> codes [rows, blocks, 32] and scales [rows, blocks, 1]: x is about codes * scales.
+    """[..., n] -> codes [..., blocks, 32] and scales [..., blocks, 1]: x is about codes * scales.
 
-    scale = amax / 127; code = x * (127 / amax), rounded half to even, all in float32; a block of zeros has scale 0.
-    cols is a multiple of 32.
+    scale = amax / 127; code = x / scale, rounded half to even, all in float32; a block of zeros has scale 0. A last
+    block of less than 32 values is filled up with zeros.
     """
-    blocks = x.reshape(len(x), -1, Q8_BLOCK)
-    amax = np.abs(blocks).max(axis=-1, keepdims=True)
-    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
-    return np.rint(blocks * inverse).astype(np.int8), amax / np.float32(127)
+    n = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], -(-n // Q8_BLOCK) * Q8_BLOCK), dtype=np.float32)
+    padded[..., :n] = x
+    blocks = padded.reshape(*x.shape[:-1], -1, Q8_BLOCK)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
+    return np.rint(codes).astype(np.int8), scales
 
 
 def round_q8(x: Floats) -> Floats:
-    """x [rows, cols] as int8 codes can hold it."""
+    """x [..., n] as int8 codes can hold it."""
     codes, scales = quantize_q8(x)
-    return (codes * scales).reshape(x.shape)
+    rounded: Floats = (codes * scales).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return rounded
 
 
 def _silu(x: Floats) -> Floats:

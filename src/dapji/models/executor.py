@@ -1,0 +1,124 @@
+"""Executors: run the decoder on batches, one step after another, with keys and values cached in between.
+
+All three state the same model by the same `decode`; what differs is the ops and where the cache lies. Knows neither
+files nor requests: the engine allocates blocks and composes batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.errors import ConfigError, ContextError, RequestError, UsageError
+from dapji.models.config import ModelConfig
+from dapji.models.decoder import decode
+from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.reference import Activations, KvFormat, ReferenceCache, ReferenceOps, ReferenceWeight
+from dapji.ops.rope import RopeTables
+from dapji.ops.tensor import Tensor
+
+ExecutorKind = Literal["reference", "torch", "native"]
+
+
+class Executor(Protocol):
+    config: ModelConfig
+    context: int
+    """Longest sequence in tokens, fixed when opened: the rope tables reach this far."""
+    n_blocks: int
+    """KV blocks of KV_BLOCK tokens."""
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [R, V] of the batch's rows, valid until the next step; the batch's keys and values are cached.
+
+        Raises ContextError where a position is beyond the context, RequestError where a token is beyond the vocabulary.
+        """
+        ...
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in all layers."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds. Not to be used afterwards."""
+        ...
+
+
+def open_executor(
+    kind: ExecutorKind,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    context: int,
+    n_blocks: int | None = None,
+    threads: int | None = None,
+    kv: KvFormat = "f16",
+    device: str = "cpu",
+    activations: Activations = "f32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Executor:
+    """An executor of a model, for sequences of up to `context` tokens.
+
+    tensors: by canonical name. n_blocks: default, one sequence of `context`. threads: native only; default, the
+    physical cores. device and dtype: torch only. activations: reference only.
+
+    Raises ConfigError where the context is longer than the model's, UnavailableError where this installation lacks
+    the executor.
+    """
+    if not 1 <= context <= config.max_context:
+        raise ConfigError(f"a context of {context} tokens was asked for, but the model has {config.max_context}")
+    blocks = -(-context // KV_BLOCK) if n_blocks is None else n_blocks
+    if kind == "reference":
+        _only_for("torch", kind, device != "cpu", "device")
+        return ReferenceExecutor(config, tensors, context=context, n_blocks=blocks, kv=kv, activations=activations)
+    raise UsageError(f"unknown executor {kind!r}", hint="one of: reference, torch, native")
+
+
+def kv_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(n_kv_heads, head_dim) of each layer: what its cache holds per token."""
+    return [(layer.attention.n_kv_heads, layer.attention.head_dim) for layer in config.layers]
+
+
+def check_batch(batch: Batch, config: ModelConfig, context: int, n_blocks: int) -> None:
+    """Raises where a step would read or write beyond the vocabulary, the context or the cache."""
+    if batch.positions.max(initial=0) >= context:
+        raise ContextError(f"position {batch.positions.max()} is beyond the context of {context} tokens")
+    if batch.tokens.min(initial=0) < 0 or batch.tokens.max(initial=0) >= config.vocab_size:
+        beyond = batch.tokens[(batch.tokens < 0) | (batch.tokens >= config.vocab_size)]
+        raise RequestError(f"token id {beyond[0]} is beyond the vocabulary of {config.vocab_size}")
+    assert batch.blocks.max(initial=-1) < n_blocks
+
+
+class ReferenceExecutor:
+    """The decoder in numpy."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        context: int,
+        n_blocks: int,
+        kv: KvFormat = "f32",
+        activations: Activations = "f32",
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.n_blocks = n_blocks
+        self._activations: Activations = activations
+        self._weights = {name: ReferenceWeight.load(tensor) for name, tensor in tensors.items()}
+        self._cache = ReferenceCache(kv_shapes(config), n_blocks, kv)
+        self._tables = RopeTables(context)
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        check_batch(batch, self.config, self.context, self.n_blocks)
+        ops = ReferenceOps(batch=batch, cache=self._cache, tables=self._tables, activations=self._activations)
+        return decode(self.config, self._weights, ops)
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._cache.copy_block(source, target)
+
+    def close(self) -> None:
+        self._weights.clear()
