@@ -1,4 +1,4 @@
-"""`dapji`: the group of commands, and the one place where our exceptions become messages and exit codes."""
+"""`dapji`: the group of commands, and the one place where exceptions become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dapji import __version__
+from dapji.cli.console import print_error, set_encodings, wants_colour
 from dapji.errors import DapjiError
 
 COMMANDS = {
@@ -44,9 +45,14 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, message="dapji %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Run open language models on hardware that you control, with no network.
 
     \b
@@ -56,16 +62,29 @@ def cli() -> None:
       dapji run smollm2-135m "Once upon"    plain completion
       dapji show ./model.gguf               what is in a file
       dapji COMMAND --help                  options and examples of a command
+
+    \b
+    stdout carries data, stderr everything else. Colour only on a terminal, and not with NO_COLOR.
+    Exit codes: 0 done, 1 failed (`error:` and often `hint:` on stderr), 2 wrong usage,
+    130 interrupted, 141 the reader of the output went away.
     """
+    ctx.color = wants_colour()
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 our error (message on stderr), 2 usage, 130 interrupted."""
+    """Entry point; `cli` documents the exit codes."""
+    set_encodings()
     try:
         result: Any = cli.main(args=argv, prog_name="dapji", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
+    except click.UsageError as error:
+        print_error(error.format_message(), hint=f"{error.ctx.command_path if error.ctx else 'dapji'} --help")
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        print_error(error.format_message())
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -75,7 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except DapjiError as error:
-        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
-        if error.hint:
-            click.echo(click.style("hint: ", fg="cyan", bold=True) + error.hint, err=True)
+        print_error(error.message, error.hint)
+        sys.exit(1)
+    except OSError as error:  # the disk is full, a file may not be read: the machine's failures, not ours
+        print_error(str(error))
+        sys.exit(1)
+    except MemoryError:
+        print_error("not enough memory", hint="a smaller model, or a smaller --context; `dapji doctor` tells what fits")
         sys.exit(1)

@@ -1,0 +1,72 @@
+"""What every command does to the terminal: encodings, colour, errors, text that nobody has checked."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import click
+
+from dapji.errors import UsageError
+
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+"""Control characters but tab and newline -> their picture in Unicode's block Control Pictures."""
+
+
+def set_encodings() -> None:
+    """Pipes and files carry UTF-8 whatever the locale; a terminal shows `?` for what its own encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8")
+
+
+def wants_colour() -> bool | None:
+    """False where NO_COLOR (no-color.org) is set; None: wherever the stream is a terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """`error: …` and `hint: …` on stderr."""
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True, color=wants_colour())
+    if hint:
+        click.echo(click.style("hint: ", fg="cyan", bold=True) + hint, err=True, color=wants_colour())
+
+
+def write(text: str) -> None:
+    """A model's text to stdout, at once: as it is into a pipe or file; on a terminal without what could steer it."""
+    sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def read_stdin() -> str:
+    """All of stdin as UTF-8, without one newline at its end (what `echo` adds). Raises UsageError."""
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8: {error.reason} at byte {error.start}") from error
+    return text.removesuffix("\n")
+
+
+def read_prompt(words: tuple[str, ...]) -> str | None:
+    """The prompt that a command line gives; None where there is none and stdin is a terminal.
+
+    The words, or without words stdin. A last word `-` stands for stdin, after an empty line. Raises UsageError where
+    the prompt is empty.
+    """
+    if not words:
+        if sys.stdin.isatty():
+            return None
+        prompt = read_stdin()
+    elif words[-1] == "-":
+        prompt = "\n\n".join(filter(None, (" ".join(words[:-1]), read_stdin())))
+    else:
+        prompt = " ".join(words)
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", hint="give text as an argument or on stdin")
+    return prompt
