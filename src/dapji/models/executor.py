@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dapji.errors import ConfigError, ContextError, RequestError, UsageError
+from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
 from dapji.ops.batch import KV_BLOCK, Batch
@@ -69,9 +69,24 @@ def open_executor(
     """
     if not 1 <= context <= config.max_context:
         raise ConfigError(f"a context of {context} tokens was asked for, but the model has {config.max_context}")
+    for name, given, owner in (
+        ("threads", threads is not None, "native"),
+        ("device", device != "cpu", "torch"),
+        ("dtype", dtype != "float32", "torch"),
+        ("activations", activations != "f32", "reference"),
+    ):
+        if given and kind != owner:
+            raise UsageError(f"{name} is an option of the {owner} executor, not of {kind}")
     blocks = -(-context // KV_BLOCK) if n_blocks is None else n_blocks
+    if kind == "torch":
+        try:
+            from dapji.models.torch_executor import TorchExecutor
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise UnavailableError("torch is not installed", hint="pip install 'dapji[train]'") from error
+        return TorchExecutor(config, tensors, context=context, n_blocks=blocks, kv=kv, device=device, dtype=dtype)
     if kind == "reference":
-        _only_for("torch", kind, device != "cpu", "device")
         return ReferenceExecutor(config, tensors, context=context, n_blocks=blocks, kv=kv, activations=activations)
     raise UsageError(f"unknown executor {kind!r}", hint="one of: reference, torch, native")
 

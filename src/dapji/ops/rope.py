@@ -24,7 +24,8 @@ class RopeScaling:
     """How the rotation frequencies are stretched beyond the length that the model was trained on.
 
     linear: Chen et al. 2023, "Extending Context Window of LLMs via Positional Interpolation".
-    dynamic: NTK-aware: theta grows with the context that the executor is opened for, and then stays.
+    dynamic: NTK-aware: theta grows with the context that the executor is opened for, and then stays. (Growing with the
+    text, as it is also defined, would turn the keys that are cached already by other angles than the new ones.)
     yarn: Peng et al. 2023, "YaRN: Efficient Context Window Extension of LLMs".
     llama3: three bands of wavelengths, as published with Llama 3.1.
     """
@@ -42,12 +43,12 @@ class RopeScaling:
     beta_slow: float = 1.0
     """yarn: one with fewer is divided by `factor`."""
     attention_factor: float | None = None
-    """yarn: factor on cos and sin; None: 0.1 ln(factor) + 1."""
+    """yarn: factor on cos and sin; None: `yarn_attention_factor(factor)`."""
     truncate: bool = True
     """yarn: round the two band limits outwards to whole dimensions."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        if not self.factor >= 1:
             raise ConfigError(f"rope scaling {self.kind}: factor ({self.factor}) must be at least 1")
         if self.original_context < 1:
             raise ConfigError(f"rope scaling {self.kind}: original_context ({self.original_context}) must be positive")
@@ -56,6 +57,8 @@ class RopeScaling:
                 f"rope scaling llama3: low_frequency_factor ({self.low_frequency_factor}) must be positive and less "
                 f"than high_frequency_factor ({self.high_frequency_factor})"
             )
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ConfigError(f"rope scaling {self.kind}: attention_factor ({self.attention_factor}) must be positive")
         if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
             raise ConfigError(
                 f"rope scaling yarn: beta_slow ({self.beta_slow}) must be positive and at most "
@@ -86,8 +89,8 @@ class RopeConfig:
                 raise ConfigError(f"rope: frequency_factors and scaling ({self.scaling.kind}) exclude each other")
             if len(self.frequency_factors) != self.dim // 2:
                 raise ConfigError(f"rope: {len(self.frequency_factors)} frequency_factors for dim/2 ({self.dim // 2})")
-            if min(self.frequency_factors) <= 0:
-                raise ConfigError(f"rope: frequency_factors must be positive, not {min(self.frequency_factors)}")
+            if wrong := [factor for factor in self.frequency_factors if not 0 < factor < math.inf]:
+                raise ConfigError(f"rope: frequency_factors must be positive and finite, not {wrong[0]}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,12 +152,15 @@ def rope_frequencies(rope: RopeConfig, context: int) -> Floats:
     return _yarn(wavelengths, rope.theta, scaling)
 
 
+def yarn_attention_factor(factor: float) -> float:
+    """What yarn multiplies cos and sin by, where the model does not say otherwise."""
+    return 0.1 * math.log(factor) + 1.0
+
+
 def _attention_factor(scaling: RopeScaling | None) -> float:
     if scaling is None or scaling.kind != "yarn":
         return 1.0
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1.0
+    return yarn_attention_factor(scaling.factor) if scaling.attention_factor is None else scaling.attention_factor
 
 
 def _llama3(frequencies: Floats, scaling: RopeScaling) -> Floats:

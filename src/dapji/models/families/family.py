@@ -13,7 +13,7 @@ import numpy as np
 from dapji.errors import ConfigError
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from dapji.models.families.fields import Fields
-from dapji.models.families.rope import rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf
+from dapji.models.families.rope import longest_context, rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf
 from dapji.ops.protocol import Activation
 from dapji.ops.rope import RopeConfig
 
@@ -37,8 +37,7 @@ HF_IGNORABLE = (
     "pretraining_tp",
     "use_cache",
     "_attn_implementation_autoset",
-    # lengths that max_position_embeddings says too
-    "max_sequence_length",
+    # a tokenizer's length, where max_position_embeddings is the model's
     "model_max_length",
     # tokens: the tokenizer and the generation configuration say them
     "bos_token_id",
@@ -135,24 +134,30 @@ class Sizes:
         )
 
 
-def sizes_from_hf(fields: Fields) -> Sizes:
-    """The common keys of config.json. head_dim is optional: hidden_size / num_attention_heads."""
+def sizes_from_hf(fields: Fields, *, default_n_kv_heads: int | None = None) -> Sizes:
+    """The common keys of config.json. head_dim is optional: hidden_size / num_attention_heads.
+
+    default_n_kv_heads: what transformers means by an absent num_key_value_heads; None: num_attention_heads.
+    """
     dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = _head_dim(dim, n_heads) if "head_dim" not in fields else fields.integer("head_dim")
-    max_context = fields.integer("max_position_embeddings")
+    stated_context = fields.integer("max_position_embeddings")
+    rope = rope_from_hf(fields, head_dim=head_dim, stated_context=stated_context)
+    # LongChat and Vicuna scale by "linear" and say here how far that reaches
+    longest = max(stated_context, fields.integer("max_sequence_length", stated_context))
     return Sizes(
         dim=dim,
         n_layers=fields.integer("num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=fields.integer("num_key_value_heads", n_heads),
+        n_kv_heads=fields.integer("num_key_value_heads", default_n_kv_heads or n_heads),
         head_dim=head_dim,
         hidden_dim=fields.integer("intermediate_size"),
         activation=fields.choice("hidden_act", _HF_ACTIVATIONS, "silu"),
         vocab_size=fields.integer("vocab_size"),
-        max_context=max_context,
+        max_context=longest_context(rope.scaling, longest),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied_head=fields.boolean("tie_word_embeddings", False),
-        rope=rope_from_hf(fields, head_dim=head_dim, max_context=max_context),
+        rope=rope,
     )
 
 
@@ -210,9 +215,11 @@ def config_from_gguf(
         raise ConfigError(f"GGUF: experts (expert_count = {fields.integer('expert_count')}) are not supported")
     fields.require("vocab_size", vocab_size)
     dim, n_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
-    max_context = fields.integer("context_length")
+    fields.require("attention.causal", True)
+    stated_context = fields.integer("context_length")
     head_dim = fields.integer("attention.key_length") if "attention.key_length" in fields else _head_dim(dim, n_heads)
     fields.require("attention.value_length", head_dim)
+    rope = rope_from_gguf(fields, head_dim=head_dim, stated_context=stated_context, frequency_factors=frequency_factors)
     sizes = Sizes(
         dim=dim,
         n_layers=fields.integer("block_count"),
@@ -222,10 +229,10 @@ def config_from_gguf(
         hidden_dim=fields.integer("feed_forward_length"),
         activation="silu",
         vocab_size=vocab_size,
-        max_context=max_context,
+        max_context=longest_context(rope.scaling, stated_context),
         norm_eps=_shortest(fields.number("attention.layer_norm_rms_epsilon")),
         tied_head=tied_head,
-        rope=rope_from_gguf(fields, head_dim=head_dim, max_context=max_context, frequency_factors=frequency_factors),
+        rope=rope,
     )
     layer = sizes.layer(
         window=fields.integer("attention.sliding_window", 0) or None,

@@ -9,7 +9,7 @@ from dapji.models.families.fields import Fields
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields)
+    sizes = sizes_from_hf(fields, default_n_kv_heads=8)
     # 4096 is what transformers means by an absent key; later models write null
     window = fields.optional_integer("sliding_window", 4096)
     fields.finish(HF_IGNORABLE)

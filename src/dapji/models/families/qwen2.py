@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dapji.errors import ConfigError
 from dapji.models.config import ModelConfig
 from dapji.models.families.family import HF_IGNORABLE, Family, sizes_from_hf, sizes_to_hf
@@ -11,8 +13,14 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields)
+    sizes = sizes_from_hf(fields, default_n_kv_heads=32)
     fields.require("use_mrope", False)
+    if "dual_chunk_attention_config" in fields:
+        # The models for a million tokens attend as the others do up to this length, and in chunks only beyond it.
+        chunks = fields.mapping("dual_chunk_attention_config")
+        plain = chunks.integer("original_max_position_embeddings")
+        sizes = replace(sizes, max_context=min(sizes.max_context, plain))
+        chunks.finish(ignorable=("chunk_size", "local_size"))
     use_window = fields.boolean("use_sliding_window", False)
     window = fields.optional_integer("sliding_window", 4096) if use_window else None
     first_windowed = fields.integer("max_window_layers", 28)

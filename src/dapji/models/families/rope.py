@@ -12,7 +12,7 @@ import numpy as np
 
 from dapji.errors import ConfigError
 from dapji.models.families.fields import Fields
-from dapji.ops.rope import RopeConfig, RopeScaling, rope_frequencies
+from dapji.ops.rope import RopeConfig, RopeScaling, rope_frequencies, yarn_attention_factor
 
 _KINDS: dict[str, Literal["linear", "dynamic", "yarn", "llama3"] | None] = {
     "default": None,
@@ -23,7 +23,18 @@ _KINDS: dict[str, Literal["linear", "dynamic", "yarn", "llama3"] | None] = {
 }
 
 
-def rope_from_hf(fields: Fields, *, head_dim: int, max_context: int) -> RopeConfig:
+def longest_context(scaling: RopeScaling | None, stated: int) -> int:
+    """The model's limit, where its file states a length of `stated` tokens.
+
+    With dynamic and yarn that may be the length before scaling (as where Qwen 2.5 is set up for long texts); then the
+    scaling itself says how far it reaches.
+    """
+    if scaling is None or scaling.kind not in ("dynamic", "yarn"):
+        return stated
+    return max(stated, int(scaling.factor * scaling.original_context))
+
+
+def rope_from_hf(fields: Fields, *, head_dim: int, stated_context: int) -> RopeConfig:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before; "type" or "rope_type").
 
     As there, dynamic scaling starts at max_position_embeddings, and so do yarn and llama3 where
@@ -43,7 +54,7 @@ def rope_from_hf(fields: Fields, *, head_dim: int, max_context: int) -> RopeConf
     if "rope_type" in rope and "type" in rope:
         rope.require("type", rope.string("rope_type"))
     kind = rope.choice("type" if "type" in rope and "rope_type" not in rope else "rope_type", _KINDS, "default")
-    scaling = None if kind is None else _scaling_from_hf(kind, rope, max_context)
+    scaling = None if kind is None else _scaling_from_hf(kind, rope, stated_context)
     rope.finish(ignorable=_IGNORABLE)
     return RopeConfig(theta=theta, dim=head_dim, scaling=scaling)
 
@@ -53,12 +64,12 @@ _IGNORABLE = ("original_max_position_embeddings", "finetuned")
 
 
 def _scaling_from_hf(
-    kind: Literal["linear", "dynamic", "yarn", "llama3"], rope: Fields, max_context: int
+    kind: Literal["linear", "dynamic", "yarn", "llama3"], rope: Fields, stated_context: int
 ) -> RopeScaling:
     factor = rope.number("factor")
     if kind in ("linear", "dynamic"):
-        return RopeScaling(kind=kind, factor=factor, original_context=max_context)
-    original = rope.integer("original_max_position_embeddings", max_context)
+        return RopeScaling(kind=kind, factor=factor, original_context=stated_context)
+    original = rope.integer("original_max_position_embeddings", stated_context)
     if kind == "llama3":
         return RopeScaling(
             kind=kind,
@@ -71,7 +82,8 @@ def _scaling_from_hf(
     # Zero means absent for both, and one without the other has no effect.
     mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     if attention_factor is None and mscale and mscale_all:
-        attention_factor = (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all * math.log(factor) + 1)
+        stretch = 0.1 * math.log(max(factor, 1.0))
+        attention_factor = (mscale * stretch + 1) / (mscale_all * stretch + 1)
     return RopeScaling(
         kind=kind,
         factor=factor,
@@ -84,7 +96,8 @@ def _scaling_from_hf(
 
 
 def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
-    """`rope_theta` and `rope_scaling`, the form that every version of transformers reads."""
+    """`rope_theta` and `rope_scaling`, the form that every version of transformers reads, and with some scalings
+    `max_position_embeddings`."""
     if rope.frequency_factors is not None:
         raise ConfigError(
             "config.json has no form for explicit rope frequency factors",
@@ -95,12 +108,13 @@ def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
         return {"rope_theta": rope.theta, "rope_scaling": None}
     written: dict[str, object] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind in ("linear", "dynamic"):
-        if scaling.kind == "dynamic" and scaling.original_context != max_context:
+        stated = scaling.original_context if scaling.kind == "dynamic" else max_context
+        if longest_context(scaling, stated) != max_context:
             raise ConfigError(
-                f"config.json: dynamic rope scaling starts at max_context ({max_context}), "
-                f"not at original_context ({scaling.original_context})"
+                f"config.json: dynamic rope scaling of original_context ({stated}) by factor ({scaling.factor}) does "
+                f"not give max_context ({max_context})"
             )
-        return {"rope_theta": rope.theta, "rope_scaling": written}
+        return {"rope_theta": rope.theta, "rope_scaling": written, "max_position_embeddings": stated}
     written["original_max_position_embeddings"] = scaling.original_context
     if scaling.kind == "llama3":
         written["low_freq_factor"] = scaling.low_frequency_factor
@@ -115,31 +129,34 @@ def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
 
 
 def rope_from_gguf(
-    fields: Fields, *, head_dim: int, max_context: int, frequency_factors: tuple[float, ...] | None
+    fields: Fields, *, head_dim: int, stated_context: int, frequency_factors: tuple[float, ...] | None
 ) -> RopeConfig:
-    """Reads `<architecture>.rope.*`. As llama.cpp does, a factor without a type means linear."""
+    """Reads `<architecture>.rope.*`. As for llama.cpp, a factor without a type means linear.
+
+    Two keys change yarn's attention factor: yarn_attn_factor, into which llama.cpp's converter puts config.json's
+    attention_factor, is the factor; attn_factor, which llama.cpp itself reads, multiplies it.
+    """
     fields.require("rope.scaling.yarn_ext_factor", 1.0)
     fields.require("rope.scaling.yarn_log_multiplier", 0.0)
     theta = fields.number("rope.freq_base", 10_000.0)
     dim = fields.integer("rope.dimension_count", head_dim)
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     kind = fields.choice("rope.scaling.type", {"none": None, "linear": "linear", "yarn": "yarn"}, "linear")
-    original = fields.integer("rope.scaling.original_context_length", max_context)
+    original = fields.integer("rope.scaling.original_context_length", stated_context)
     scaling = None
     if kind == "linear" and factor not in (0, 1):
-        scaling = RopeScaling(kind="linear", factor=factor, original_context=max_context)
+        scaling = RopeScaling(kind="linear", factor=factor, original_context=stated_context)
     elif kind == "yarn":
-        default = 0.1 * math.log(factor) + 1 if factor >= 1 else 1.0
+        default = yarn_attention_factor(max(factor, 1.0))
+        attention_factor = fields.number("rope.scaling.yarn_attn_factor", default)
+        attention_factor *= fields.number("rope.scaling.attn_factor", 1.0)
         scaling = RopeScaling(
             kind="yarn",
             factor=factor,
             original_context=original,
             beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
-            # A factor on top of the published one.
-            attention_factor=fields.number("rope.scaling.attn_factor") * default
-            if "rope.scaling.attn_factor" in fields
-            else None,
+            attention_factor=None if attention_factor == default else attention_factor,
         )
     return RopeConfig(theta=theta, dim=dim, scaling=scaling, frequency_factors=frequency_factors)
 
@@ -161,7 +178,7 @@ def rope_to_gguf(rope: RopeConfig) -> dict[str, object]:
         written["rope.scaling.yarn_beta_fast"] = scaling.beta_fast
         written["rope.scaling.yarn_beta_slow"] = scaling.beta_slow
         if scaling.attention_factor is not None:
-            written["rope.scaling.attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1)
+            written["rope.scaling.attn_factor"] = scaling.attention_factor / yarn_attention_factor(scaling.factor)
     return written
 
 

@@ -1,0 +1,96 @@
+"""The decoder in torch: an executor for CPUs, CUDA and MPS, and logits that can be differentiated.
+
+Needs torch (the extra `train`); `open_executor` imports this on use. Weights are dequantised to one type when they are
+loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dapji.errors import UnavailableError, UsageError
+from dapji.models.config import ModelConfig
+from dapji.models.decoder import decode
+from dapji.models.executor import check_batch, kv_shapes
+from dapji.ops.batch import Batch
+from dapji.ops.reference import KvFormat
+from dapji.ops.tensor import Tensor
+from dapji.ops.torch import CachedTorchOps, TorchCache, TorchTables, UncachedTorchOps
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchExecutor:
+    """The decoder over a cache on the device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        context: int,
+        n_blocks: int,
+        kv: KvFormat = "f16",
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.n_blocks = n_blocks
+        self._device = find_device(device)
+        self._weights = load_weights(tensors, device=self._device, dtype=_DTYPES[dtype])
+        self._cache = TorchCache(kv_shapes(config), n_blocks, kv, self._device)
+        self._tables = TorchTables(context, self._device)
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        check_batch(batch, self.config, self.context, self.n_blocks)
+        ops = CachedTorchOps(batch, self._cache, self._tables, self._device)
+        logits: NDArray[np.float32] = decode(self.config, self._weights, ops).float().cpu().numpy()
+        return logits
+
+    @torch.inference_mode()
+    def copy_block(self, source: int, target: int) -> None:
+        self._cache.copy_block(source, target)
+
+    def close(self) -> None:
+        self._weights.clear()
+        del self._cache
+
+
+def sequence_logits(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor], tokens: torch.Tensor, tables: TorchTables
+) -> torch.Tensor:
+    """Logits [B, S, V] of whole sequences, tokens [B, S] int64, without a cache: what training differentiates.
+
+    weights: by canonical name, as `load_weights` gives them. tables: of a context of at least S, on the same device.
+    """
+    logits = decode(config, weights, UncachedTorchOps(tokens, tables))
+    return logits.view(*tokens.shape, config.vocab_size)
+
+
+def load_weights(tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every weight dequantised to `dtype` on the device, under the same name."""
+    return {name: torch.tensor(tensor.float32(), dtype=dtype, device=device) for name, tensor in tensors.items()}
+
+
+def find_device(name: str) -> torch.device:
+    """ "cpu", "cuda", "cuda:1", "mps" … Raises UsageError for another name, UnavailableError where it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"unknown device {name!r}", hint="one of: cpu, cuda, cuda:N, mps")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise UnavailableError(
+            f"there is no device {name}: torch {torch.__version__} sees {count} of type {device.type}",
+            hint="use --device cpu, or install a build of torch for this machine's GPU",
+        )
+    return device

@@ -1,0 +1,264 @@
+"""The ops in torch: differentiable, on any device. For GPUs and for training.
+
+Two kinds differ in attention alone: `CachedTorchOps` runs a `Batch` over a cache of keys and values, as every executor
+does; `UncachedTorchOps` runs whole sequences, through which gradients flow. Norms and rotations are computed in float32
+whatever the weights' type. Needs torch (the extra `train`); import it on use only. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.protocol import Activation
+from dapji.ops.reference import Q8_BLOCK, KvFormat
+from dapji.ops.rope import RopeTable, RopeTables
+
+
+class TorchTables(RopeTables):
+    """Rope tables with a copy of each on the device."""
+
+    def __init__(self, context: int, device: torch.device) -> None:
+        super().__init__(context)
+        self._device = device
+        self._copies: dict[RopeTable, tuple[Tensor, Tensor]] = {}
+
+    def on_device(self, table: RopeTable) -> tuple[Tensor, Tensor]:
+        """cos and sin, [context, dim/2] float32."""
+        if table not in self._copies:
+            self._copies[table] = (
+                torch.tensor(table.cos, device=self._device),
+                torch.tensor(table.sin, device=self._device),
+            )
+        return self._copies[table]
+
+
+class _Rows:
+    """Keys, or values, of one layer: [slots, K, Dh] on the device, in a format of the cache."""
+
+    def __init__(self, n_slots: int, n_kv_heads: int, head_dim: int, kv: KvFormat, device: torch.device) -> None:
+        self._head_dim = head_dim
+        self._scales: Tensor | None = None
+        if kv == "q8":
+            groups = -(-head_dim // Q8_BLOCK)
+            self._scales = torch.zeros(n_slots, n_kv_heads, groups, 1, device=device)
+            self._stored = torch.zeros(n_slots, n_kv_heads, groups, Q8_BLOCK, dtype=torch.int8, device=device)
+        else:
+            dtype = torch.float16 if kv == "f16" else torch.float32
+            self._stored = torch.zeros(n_slots, n_kv_heads, head_dim, dtype=dtype, device=device)
+
+    def write(self, slots: Tensor, new: Tensor) -> None:
+        """new: [len(slots), K*Dh]."""
+        new = new.view(len(new), -1, self._head_dim)
+        if self._scales is None:
+            self._stored[slots] = new.to(self._stored.dtype)
+        else:  # as `reference.quantize_q8`
+            padded = F.pad(new.float(), (0, -self._head_dim % Q8_BLOCK)).view(len(new), *self._stored.shape[1:])
+            scales = padded.abs().amax(dim=-1, keepdim=True) / 127
+            codes = torch.where(scales > 0, padded / scales, 0)
+            self._stored[slots] = codes.round().to(torch.int8)
+            self._scales[slots] = scales
+
+    def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """[1, K, len(slots), Dh]."""
+        rows = self._stored[slots]
+        if self._scales is not None:
+            rows = (rows * self._scales[slots]).flatten(-2)[..., : self._head_dim]
+        return rows.to(dtype).transpose(0, 1)[None]
+
+    def copy(self, source: slice, target: slice) -> None:
+        self._stored[target] = self._stored[source]
+        if self._scales is not None:
+            self._scales[target] = self._scales[source]
+
+
+class TorchCache:
+    """Keys and values of every layer, in blocks."""
+
+    def __init__(self, kv_shapes: Sequence[tuple[int, int]], n_blocks: int, kv: KvFormat, device: torch.device) -> None:
+        """kv_shapes: (K, Dh) of each layer."""
+        n_slots = n_blocks * KV_BLOCK
+        self.keys = [_Rows(n_slots, n_kv_heads, head_dim, kv, device) for n_kv_heads, head_dim in kv_shapes]
+        self.values = [_Rows(n_slots, n_kv_heads, head_dim, kv, device) for n_kv_heads, head_dim in kv_shapes]
+
+    def copy_block(self, source: int, target: int) -> None:
+        for rows in (*self.keys, *self.values):
+            rows.copy(*(slice(block * KV_BLOCK, (block + 1) * KV_BLOCK) for block in (source, target)))
+
+
+class TorchOps(ABC):
+    """What does not depend on where keys and values are."""
+
+    def __init__(self, tokens: Tensor, positions: Tensor, tables: TorchTables) -> None:
+        """tokens and positions: [T] int64 on the device."""
+        self._tokens = tokens
+        self._positions = positions
+        self.tables = tables
+        self._angles: dict[RopeTable, tuple[Tensor, Tensor]] = {}
+
+    def embed(self, weight: Tensor) -> Tensor:
+        return F.embedding(self._tokens, weight)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rope(self, x: Tensor, table: RopeTable, head_dim: int) -> Tensor:
+        if table not in self._angles:
+            cos, sin = self.tables.on_device(table)
+            self._angles[table] = cos[self._positions, None], sin[self._positions, None]  # [T, 1, dim/2]
+        cos, sin = self._angles[table]
+        heads = x.view(len(x), -1, head_dim).float()  # [T, n, Dh]
+        first, second, rest = heads.tensor_split((table.dim // 2, table.dim), dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        return rotated.to(x.dtype).view(x.shape)
+
+    @abstractmethod
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        scale: float,
+    ) -> Tensor: ...
+
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        if activation == "silu":
+            return F.silu(gate) * up
+        return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    @abstractmethod
+    def select_rows(self, x: Tensor) -> Tensor: ...
+
+
+class CachedTorchOps(TorchOps):
+    """The ops on one batch. Each sequence attends on its own; everything else takes all rows at once."""
+
+    def __init__(self, batch: Batch, cache: TorchCache, tables: TorchTables, device: torch.device) -> None:
+        super().__init__(_index(batch.tokens, device), _index(batch.positions, device), tables)
+        self._batch = batch
+        self._cache = cache
+        self._device = device
+        self._rows = _index(batch.rows, device)
+        starts = batch.starts.tolist()
+        self._new = [slice(start, stop) for start, stop in pairwise(starts)]
+        slots = [batch.slots(sequence) for sequence in range(len(self._new))]
+        self._slots = [_index(own, device) for own in slots]
+        written = [own[batch.positions[new]] for own, new in zip(slots, self._new, strict=True)]
+        self._written = _index(np.concatenate(written), device)
+        self._views: dict[tuple[int, int | None], tuple[Tensor, Tensor | None, bool]] = {}
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.write(self._written, k)
+        values.write(self._written, v)
+        queries = q.view(len(q), n_heads, head_dim).transpose(0, 1)[None]  # [1, H, T, Dh]
+        mixed = []
+        for sequence, new in enumerate(self._new):
+            slots, mask, causal = self._view(sequence, window)
+            attended = F.scaled_dot_product_attention(
+                queries[:, :, new],
+                keys.read(slots, q.dtype),
+                values.read(slots, q.dtype),
+                attn_mask=mask,
+                is_causal=causal,
+                scale=scale,
+                enable_gqa=n_heads != n_kv_heads,
+            )  # [1, H, t, Dh]
+            mixed.append(attended[0].transpose(0, 1).flatten(1))
+        return torch.cat(mixed)
+
+    def select_rows(self, x: Tensor) -> Tensor:
+        return x[self._rows]
+
+    def _view(self, sequence: int, window: int | None) -> tuple[Tensor, Tensor | None, bool]:
+        """Slots of the keys that the sequence's new tokens see, and the mask for them: [t, slots], or none and whether
+        attention is causal. Slots before every token's window are left out."""
+        key = sequence, window
+        if key not in self._views:
+            positions, slots = self._positions[self._new[sequence]], self._slots[sequence]
+            new, cached = len(positions), len(slots)
+            first = 0 if window is None else max(0, cached - new - window + 1)
+            if new == 1 or (new == cached and first == 0 and (window is None or cached <= window)):
+                self._views[key] = slots[first:], None, new > 1
+            else:
+                seen = torch.arange(first, cached, device=self._device)
+                self._views[key] = slots[first:], visible(positions, seen, window), False
+        return self._views[key]
+
+
+class UncachedTorchOps(TorchOps):
+    """The ops on whole sequences of one length, all rows wanted; gradients flow through all of them."""
+
+    def __init__(self, tokens: Tensor, tables: TorchTables) -> None:
+        """tokens: [B, S] int64."""
+        self._n_sequences, self._length = tokens.shape
+        positions = torch.arange(self._length, device=tokens.device)
+        super().__init__(tokens.flatten(), positions.repeat(self._n_sequences), tables)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        q, k, v = (x.view(self._n_sequences, self._length, -1, head_dim).transpose(1, 2) for x in (q, k, v))
+        mask = None
+        if window is not None and window < self._length:
+            positions = self._positions[: self._length]
+            mask = visible(positions, positions, window)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=n_heads != n_kv_heads
+        )  # [B, H, S, Dh]
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def select_rows(self, x: Tensor) -> Tensor:
+        return x
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[len(queries), len(keys)] bool: whether the token at each position sees the key at each position."""
+    distance = queries[:, None] - keys
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _index(values: NDArray[np.integer], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
