@@ -1,1 +1,23 @@
-"""TODO: one paragraph."""
+"""Requests, KV blocks, scheduler, sampling: token ids in, token ids out.
+
+`Engine` runs any number of requests at once on one executor of dapji.models. Knows neither text nor templates nor
+files; the layer above (dapji.model) turns messages into ids and ids into text. A request's life: docs/engine.md.
+"""
+
+from dapji.engine.engine import AsyncStream, Engine, Stream
+from dapji.engine.request import Finish, Logprobs, Output, Request, Sampling, Timings, Usage
+from dapji.engine.stop import StopStrings
+
+__all__ = [
+    "AsyncStream",
+    "Engine",
+    "Finish",
+    "Logprobs",
+    "Output",
+    "Request",
+    "Sampling",
+    "StopStrings",
+    "Stream",
+    "Timings",
+    "Usage",
+]

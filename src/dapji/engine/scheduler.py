@@ -1,0 +1,226 @@
+"""`Scheduler`: which tokens of which sequences go into the next step, and in which KV blocks they live.
+
+Knows tokens, positions and blocks; neither sampling nor threads nor what a sequence is for. One caller at a time
+(`Engine` holds its lock).
+
+The policy, in full:
+
+- Sequences are admitted in the order of arrival, when there are blocks for all their tokens so far; none overtakes.
+- A step holds at most `budget` tokens. Every admitted sequence that needs a single token gets it: a stream advances at
+  every step. The prompts get the rest, but beside streams at most `mixed_prompt_tokens`, so that a long prompt slows
+  streams down instead of stopping them. They share it evenly; what a short one leaves goes to the longer.
+- A sequence that needs a block when none is left takes those of the youngest, which goes back to the head of the
+  queue and is computed again later (its tokens are kept). The oldest always advances, so every sequence ends.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.engine.blocks import BlockPool, chain_key
+from dapji.ops.batch import KV_BLOCK, Batch
+
+MAX_ROWS = 128
+"""Most rows of logits that one sequence asks for in a step: 128 rows of 152k float32 are 78 MB."""
+
+
+class Sequence:
+    """Tokens on their way through the model.
+
+    `computed` <= `wanted` < `length`: the cache holds the first `computed` tokens; logits are wanted from position
+    `wanted` on. Once computed == length there is nothing left to do.
+    """
+
+    def __init__(self, tokens: NDArray[np.int32], *, length: int, wanted: int) -> None:
+        """tokens: room for all that the sequence may ever hold, the first `length` filled."""
+        self.tokens = tokens
+        self.length = length
+        self.wanted = wanted
+        self.computed = 0
+        self.blocks = array("i")  # an array, so that numpy copies it as a whole at every step
+        self.cached: int | None = None
+        """Tokens found in the cache at the first admission; None before it."""
+        self._keys: list[bytes] = []
+        self._n_published = 0
+
+    @property
+    def remaining(self) -> int:
+        return self.length - self.computed
+
+    def _extend_keys(self, n: int) -> None:
+        for i in range(len(self._keys), n):
+            parent = self._keys[-1] if i else b""
+            self._keys.append(chain_key(parent, self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK]))
+
+    def admit(self, pool: BlockPool) -> bool:
+        """Takes cached blocks and fresh ones for all tokens so far; False, and nothing taken, if they do not suffice.
+
+        Cached blocks are used only before `wanted`: tokens whose logits are needed must be computed.
+        """
+        n_reusable = self.wanted // KV_BLOCK
+        self._extend_keys(n_reusable)
+        found = pool.find(self._keys[:n_reusable])
+        n_fresh = -(-self.length // KV_BLOCK) - len(found)
+        if n_fresh > pool.available - pool.unreferenced(found):
+            return False
+        pool.acquire(found)
+        self.blocks.extend(found)
+        self.blocks.extend(pool.allocate() for _ in range(n_fresh))
+        self._n_published = len(found)
+        self.computed = len(found) * KV_BLOCK
+        if self.cached is None:
+            self.cached = self.computed
+        return True
+
+    def advance(self, computed: int, pool: BlockPool) -> None:
+        """The cache now holds the first `computed` tokens: blocks that became full are published."""
+        self.computed = computed
+        n_full = computed // KV_BLOCK
+        if n_full > self._n_published:
+            self._extend_keys(n_full)
+            for i in range(self._n_published, n_full):
+                pool.publish(self.blocks[i], self._keys[i])
+            self._n_published = n_full
+
+    def release(self, pool: BlockPool) -> None:
+        pool.release(self.blocks)
+        del self.blocks[:]
+        self.computed = 0
+        self._n_published = 0
+
+
+S = TypeVar("S", bound=Sequence)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk(Generic[S]):
+    """A sequence's share of a step."""
+
+    sequence: S
+    end: int
+    """Its tokens up to here are in the cache after the step."""
+    rows: slice
+    """Its rows of the step's logits: positions `sequence.wanted` to end - 1. May be empty."""
+
+
+class Scheduler(Generic[S]):
+    """Admitted sequences in order of arrival, the queue of the others, and the block pool."""
+
+    def __init__(self, *, n_blocks: int, budget: int, mixed_prompt_tokens: int, max_running: int) -> None:
+        """max_running <= budget, so that every admitted sequence gets at least one token of every step."""
+        assert 1 <= max_running <= budget
+        assert mixed_prompt_tokens >= 1
+        self.pool = BlockPool(n_blocks)
+        self._budget = budget
+        self._mixed_prompt_tokens = mixed_prompt_tokens
+        self._max_running = max_running
+        self._running: list[S] = []
+        self._waiting: deque[S] = deque()
+
+    def __iter__(self) -> Iterator[S]:
+        """Every sequence that has not ended."""
+        yield from self._running
+        yield from self._waiting
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, sequence: S) -> None:
+        """Its tokens, all that it may ever hold, must fit into the pool's blocks."""
+        assert len(sequence.tokens) <= self.pool.n_blocks * KV_BLOCK
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: S) -> None:
+        """The sequence ended; its blocks are free at once. Nothing happens if it had ended before."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            sequence.release(self.pool)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def advance(self, chunks: list[Chunk[S]]) -> None:
+        """The step is done. Sequences that were removed meanwhile are passed over."""
+        for chunk in chunks:
+            if chunk.sequence.blocks:
+                chunk.sequence.advance(chunk.end, self.pool)
+
+    def plan(self) -> tuple[list[Chunk[S]], Batch]:
+        """The next step. The scheduler must be busy."""
+        self._grow()
+        self._admit()
+        chunks: list[Chunk[S]] = []
+        n_rows = 0
+        for sequence, end in self._shares():
+            rows = max(0, end - sequence.wanted)
+            chunks.append(Chunk(sequence=sequence, end=end, rows=slice(n_rows, n_rows + rows)))
+            n_rows += rows
+        assert chunks, "the oldest sequence always fits"
+        return chunks, _batch(chunks, n_rows)
+
+    def _grow(self) -> None:
+        """A block for every admitted sequence whose next token has none; the oldest are served first."""
+        i = 0
+        while i < len(self._running):
+            sequence = self._running[i]
+            if sequence.length > len(sequence.blocks) * KV_BLOCK:
+                if not self.pool.available:
+                    youngest = self._running.pop()
+                    youngest.release(self.pool)
+                    self._waiting.appendleft(youngest)
+                    continue
+                sequence.blocks.append(self.pool.allocate())
+            i += 1
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_running and self._waiting[0].admit(self.pool):
+            self._running.append(self._waiting.popleft())
+
+    def _shares(self) -> Iterator[tuple[S, int]]:
+        """Each sequence of the step with the end of its chunk."""
+        prompts = []
+        left = self._budget
+        for sequence in self._running:
+            if sequence.remaining == 1:
+                yield sequence, sequence.length
+                left -= 1
+            else:
+                prompts.append(sequence)
+        if left < self._budget:  # there are streams
+            left = min(left, max(self._mixed_prompt_tokens, len(prompts)))
+        prompts.sort(key=lambda sequence: sequence.remaining)
+        for i, sequence in enumerate(prompts):
+            rest = min(sequence.remaining, sequence.wanted + MAX_ROWS - sequence.computed)
+            take = min(rest, left // (len(prompts) - i))
+            yield sequence, sequence.computed + take
+            left -= take
+
+
+def _batch(chunks: list[Chunk[S]], n_rows: int) -> Batch:
+    n_tokens = sum(chunk.end - chunk.sequence.computed for chunk in chunks)
+    n_blocks = max(-(-chunk.end // KV_BLOCK) for chunk in chunks)
+    tokens = np.empty(n_tokens, dtype=np.int32)
+    positions = np.empty(n_tokens, dtype=np.int32)
+    starts = np.zeros(len(chunks) + 1, dtype=np.int32)
+    blocks = np.full((len(chunks), n_blocks), -1, dtype=np.int32)
+    rows = np.empty(n_rows, dtype=np.int32)
+    at = 0
+    for b, chunk in enumerate(chunks):
+        sequence = chunk.sequence
+        first, end = sequence.computed, chunk.end
+        stop = at + end - first
+        tokens[at:stop] = sequence.tokens[first:end]
+        positions[at:stop] = np.arange(first, end)
+        n_used = -(-end // KV_BLOCK)
+        blocks[b, :n_used] = sequence.blocks[:n_used]
+        rows[chunk.rows] = np.arange(stop - (chunk.rows.stop - chunk.rows.start), stop)
+        at = stop
+        starts[b + 1] = at
+    return Batch(tokens=tokens, positions=positions, starts=starts, blocks=blocks, rows=rows)

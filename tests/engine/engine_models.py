@@ -1,0 +1,111 @@
+"""What the engine's tests run on: a fake executor whose logits hash the history that it finds in its cache, and a tiny
+random model on the reference executor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from hashlib import blake2b
+from types import SimpleNamespace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
+from dapji.models.executor import ReferenceExecutor
+from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.rope import RopeConfig
+from dapji.ops.tensor import Tensor
+
+VOCAB = 32
+
+
+def hash_logits(history: NDArray[np.int32]) -> NDArray[np.float32]:
+    """[VOCAB]: a function of the whole history and of nothing else."""
+    key = int.from_bytes(blake2b(history.astype(np.int32).tobytes(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(VOCAB, dtype=np.float32)
+
+
+def greedy(prompt: list[int], n: int) -> list[int]:
+    """The n tokens that greedy decoding gives, computed without an engine."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(hash_logits(np.array(tokens)).argmax()))
+    return tokens[len(prompt) :]
+
+
+class HashExecutor:
+    """Its cache holds token ids and positions, so that a block of another history changes the answer or fails."""
+
+    def __init__(self, *, n_blocks: int = 64, context: int = 1024, on_step: Callable[[], None] | None = None) -> None:
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.context = context
+        self.n_blocks = n_blocks
+        self.batches: list[Batch] = []
+        self._on_step = on_step
+        self._cache = np.full((2, n_blocks * KV_BLOCK), -1, dtype=np.int32)  # tokens, positions
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        self.batches.append(batch)
+        if self._on_step is not None:
+            self._on_step()
+        assert batch.positions.max() < self.context
+        logits = np.empty((len(batch.rows), VOCAB), dtype=np.float32)
+        row = 0
+        written: set[int] = set()
+        for b in range(len(batch.starts) - 1):
+            new = slice(batch.starts[b], batch.starts[b + 1])
+            slots = batch.slots(b)
+            own = slots[batch.positions[new]]
+            assert not written & set(own.tolist()), "two sequences write one slot"
+            written |= set(own.tolist())
+            self._cache[:, own] = batch.tokens[new], batch.positions[new]
+            assert np.array_equal(self._cache[1, slots], np.arange(len(slots))), "a block of another sequence"
+            for t in range(new.start, new.stop):
+                if row < len(batch.rows) and batch.rows[row] == t:
+                    logits[row] = hash_logits(self._cache[0, slots[: batch.positions[t] + 1]])
+                    row += 1
+        assert row == len(batch.rows)
+        return logits
+
+    def copy_block(self, source: int, target: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class Gate:
+    """Lets steps through one by one: `on_step` of a HashExecutor."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self._permits = threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        self.entered.release()
+        assert self._permits.acquire(timeout=60)
+
+    def open(self, steps: int = 1) -> None:
+        self._permits.release(steps)
+
+
+def tiny_config(*, window: int | None = None) -> ModelConfig:
+    attention = AttentionConfig(
+        n_heads=4, n_kv_heads=2, head_dim=8, rope=RopeConfig(dim=8, theta=10000.0), window=window
+    )
+    layer = LayerConfig(attention=attention, feed_forward=FeedForwardConfig(hidden_dim=48))
+    return ModelConfig(
+        family="llama", dim=32, vocab_size=64, max_context=512, norm_eps=1e-5, layers=(layer, layer), tied_head=False
+    )
+
+
+def tiny_executor(*, n_blocks: int = 32, context: int = 512, window: int | None = None) -> ReferenceExecutor:
+    """Weights large enough that the distribution is far from uniform and every token of the context matters."""
+    config = tiny_config(window=window)
+    rng = np.random.default_rng(7)
+    tensors = {
+        name: Tensor.from_float32(name, 0.4 * rng.standard_normal(shape, dtype=np.float32))
+        for name, shape in weight_shapes(config).items()
+    }
+    return ReferenceExecutor(config, tensors, context=context, n_blocks=n_blocks)

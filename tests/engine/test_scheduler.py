@@ -1,0 +1,149 @@
+"""The scheduler's policy, step by step, without threads or models: sequences that grow by one token whenever their
+last one is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dapji.engine.scheduler import MAX_ROWS, Scheduler, Sequence
+from dapji.ops.batch import Batch
+
+
+def sequence(n_prompt: int, *, room: int = 0, wanted: int | None = None, first: int = 0) -> Sequence:
+    tokens = np.arange(first, first + n_prompt + room, dtype=np.int32)
+    return Sequence(tokens, length=n_prompt, wanted=n_prompt - 1 if wanted is None else wanted)
+
+
+def scheduler(*, n_blocks: int = 100, budget: int = 64, mixed: int = 16, max_running: int = 8) -> Scheduler[Sequence]:
+    return Scheduler(n_blocks=n_blocks, budget=budget, mixed_prompt_tokens=mixed, max_running=max_running)
+
+
+def step(scheduler: Scheduler[Sequence]) -> dict[Sequence, int]:
+    """One step; returns how many tokens each sequence had in it. Those that reach the end of their room are removed."""
+    chunks, batch = scheduler.plan()
+    taken = {chunk.sequence: chunk.end - chunk.sequence.computed for chunk in chunks}
+    check(batch, taken)
+    scheduler.advance(chunks)
+    for chunk in chunks:
+        if chunk.rows.stop > chunk.rows.start and chunk.end == chunk.sequence.length:
+            if chunk.sequence.length == len(chunk.sequence.tokens):
+                scheduler.remove(chunk.sequence)
+            else:
+                chunk.sequence.length += 1
+                chunk.sequence.wanted += 1
+    return taken
+
+
+def check(batch: Batch, taken: dict[Sequence, int]) -> None:
+    assert np.diff(batch.starts).tolist() == list(taken.values())
+    for b, owner in enumerate(taken):
+        new = slice(batch.starts[b], batch.starts[b + 1])
+        assert batch.positions[new].tolist() == list(range(owner.computed, owner.computed + taken[owner]))
+        assert np.array_equal(batch.tokens[new], owner.tokens[batch.positions[new]])
+        assert batch.slots(b).min() >= 0
+
+
+def test_a_long_prompt_neither_stops_streams_nor_waits_for_them() -> None:
+    plan = scheduler()
+    streams = [sequence(5, room=100, first=i) for i in range(3)]
+    for stream in streams:
+        plan.add(stream)
+    step(plan)
+    long = sequence(1000, room=1, first=500)
+    plan.add(long)
+    steps = 0
+    while long.computed < 1000:
+        taken = step(plan)
+        assert [taken[stream] for stream in streams] == [1, 1, 1]
+        assert taken[long] == min(16, 1000 - 16 * steps)
+        steps += 1
+    assert steps == 63  # 16 prompt tokens a step beside the streams
+
+
+def test_a_prompt_alone_gets_the_whole_budget() -> None:
+    plan = scheduler()
+    plan.add(long := sequence(150, room=1))
+    assert [step(plan)[long] for _ in range(3)] == [64, 64, 22]
+
+
+def test_prompts_share_evenly_and_short_ones_leave_the_rest() -> None:
+    plan = scheduler(budget=60)
+    long, short, other = sequence(500, first=0), sequence(6, first=1000), sequence(400, first=2000)
+    for prompt in (long, short, other):
+        plan.add(prompt)
+    assert step(plan) == {long: 27, short: 6, other: 27}
+
+
+def test_more_prompts_than_mixed_prompt_tokens_still_get_a_token_each() -> None:
+    plan = scheduler(mixed=1)
+    plan.add(stream := sequence(4, room=50))
+    step(plan)
+    prompts = [sequence(40, first=100 * i) for i in range(1, 8)]
+    for prompt in prompts:
+        plan.add(prompt)
+    assert step(plan) == {stream: 1, **{prompt: 1 for prompt in prompts}}
+
+
+def test_at_most_max_running_in_order_of_arrival() -> None:
+    plan = scheduler(max_running=2)
+    sequences = [sequence(3, first=10 * i) for i in range(4)]
+    for one in sequences:
+        plan.add(one)
+    assert list(step(plan)) == sequences[:2]
+    assert list(step(plan)) == sequences[2:]
+    assert not plan.busy
+
+
+def test_none_overtakes_one_that_waits_for_blocks() -> None:
+    plan = scheduler(n_blocks=4)
+    running, large, small = sequence(20, room=10), sequence(50, first=100), sequence(3, first=200)
+    for one in (running, large, small):
+        plan.add(one)
+    while running in list(plan):
+        assert list(step(plan)) == [running]
+    assert list(step(plan)) == [large]
+    assert list(step(plan)) == [small]
+
+
+def test_the_youngest_gives_its_blocks_up_and_finds_most_of_them_again() -> None:
+    plan = scheduler(n_blocks=4)
+    old, young = sequence(30, room=10), sequence(30, room=10, first=100)
+    plan.add(old)
+    plan.add(young)
+    assert step(plan) == {old: 30, young: 30}
+    for _ in range(2):
+        assert step(plan) == {old: 1, young: 1}  # 32 tokens each: both have filled their two blocks
+    assert step(plan) == {old: 1}
+    assert young.blocks.tolist() == []
+    while old in list(plan):
+        step(plan)
+    assert young.length == 33
+    assert step(plan) == {young: 33 - 16}  # of its two blocks the first is still cached, the second went to the other
+    while plan.busy:
+        step(plan)
+    assert plan.pool.available == 4
+
+
+def test_a_prefix_is_found_again_up_to_the_last_whole_block_before_the_wanted_rows() -> None:
+    plan = scheduler()
+    for n_prompt, expected in ((64, 0), (64, 48), (65, 64), (100, 64), (40, 32)):
+        plan.add(one := sequence(n_prompt))
+        while plan.busy:
+            step(plan)
+        assert one.cached == expected, n_prompt
+
+
+def test_rows_are_asked_for_in_portions() -> None:
+    plan = scheduler(budget=1000)
+    plan.add(scored := sequence(600, wanted=100))
+    sizes = []
+    while plan.busy:
+        chunks, batch = plan.plan()
+        sizes.append(len(batch.rows))
+        assert batch.positions[batch.rows].tolist() == list(range(scored.wanted, scored.wanted + len(batch.rows)))
+        plan.advance(chunks)
+        scored.wanted += len(batch.rows)
+        if scored.wanted == scored.length:
+            plan.remove(scored)
+    assert sizes == [MAX_ROWS, MAX_ROWS, MAX_ROWS, 500 - 3 * MAX_ROWS]
+    assert plan.pool.available == 100
