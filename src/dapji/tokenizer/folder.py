@@ -1,0 +1,236 @@
+"""A tokenizer from a folder in the Hugging Face layout.
+
+tokenizer.json holds the vocabulary and the rules, tokenizer_config.json and special_tokens_map.json the special tokens
+and chat templates (or chat_template.jinja, chat_templates/*.jinja), generation_config.json the end tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from dapji.errors import TokenizerError
+from dapji.tokenizer.description import END_TOKENS, Description, end_ids, looks_like_control
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class _AddedToken(msgspec.Struct):
+    content: str
+    id: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class _Bpe(msgspec.Struct):
+    vocab: dict[str, int]
+    merges: list[str | tuple[str, str]]
+
+
+class _Decoder(msgspec.Struct):
+    """A decoder."""
+
+    type: str
+    prepend_scheme: str = "always"
+    decoders: list[_Decoder] = []
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _TokenizerJson(msgspec.Struct):
+    model: _Bpe
+    added_tokens: list[_AddedToken] = []
+    decoder: _Decoder | None = None
+
+
+def describe(folder: Path) -> Description:
+    """Read `folder`. Raises TokenizerError where a file is missing, is no JSON, or holds something unsupported."""
+    path = folder / "tokenizer.json"
+    raw = _read(path)
+    if raw is None:
+        raise TokenizerError(
+            f"{folder} has no tokenizer.json",
+            hint="tokenizer.model and tiktoken files are not read; save_pretrained of transformers writes the other",
+        )
+    config = _read(folder / "tokenizer_config.json") or {}
+    generation = _read(folder / "generation_config.json") or {}
+    names = _special_tokens(_read(folder / "special_tokens_map.json") or {}) | _special_tokens(config)
+    kind = raw["model"].get("type", "BPE") if isinstance(raw.get("model"), dict) else None
+    if kind != "BPE":
+        raise TokenizerError(f"{path}: the model is {kind!r}, only 'BPE' is supported")
+    try:
+        parsed = msgspec.convert(raw, _TokenizerJson)
+    except msgspec.ValidationError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+    always_control = END_TOKENS | {names[name] for name in ("bos_token", "eos_token") if name in names}
+    control: list[_AddedToken] = []
+    text_tokens: list[_AddedToken] = []
+    for token in parsed.added_tokens:
+        steers = token.special or token.content in always_control or looks_like_control(token.content)
+        (control if steers else text_tokens).append(token)
+    for token in control:
+        if token.single_word:
+            raise TokenizerError(f"{path}: control token {token.content!r} has single_word, which is not supported")
+    control_ids = {token.content: token.id for token in control}
+    pieces = _pieces(path, parsed)
+    ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
+    bos_id, eos_id = (ids.get(names.get(name, "")) for name in ("bos_token", "eos_token"))
+    encoder = _encoder(path, raw, parsed.model, control_ids.keys(), text_tokens)
+
+    return Description(
+        encoder=encoder,
+        continuing_encoder=_continuing(encoder),
+        pieces=pieces,
+        literal=frozenset(token.id for token in parsed.added_tokens),
+        byte_level=any(part.type == "ByteLevel" for part in _parts(parsed.decoder)),
+        space_prefix=any(
+            part.type == "Strip" or (part.type == "Metaspace" and part.prepend_scheme != "never")
+            for part in _parts(parsed.decoder)
+        ),
+        control=control_ids,
+        strips={token.id: (token.lstrip, token.rstrip) for token in control if token.lstrip or token.rstrip},
+        special_tokens=names,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        add_bos=_adds_bos(path, config, raw.get("post_processor"), bos_id),
+        stop_ids=end_ids(control_ids) | _end_ids(generation, eos_id, folder),
+        chat_templates=_chat_templates(folder, config),
+    )
+
+
+def _encoder(
+    path: Path, raw: dict[str, Any], model: _Bpe, control: Set[str], text_tokens: Iterable[_AddedToken]
+) -> tokenizers.Tokenizer:
+    """The file's tokenizer without its control tokens, so that no text can become one."""
+    merges = (merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.merges)
+    kept = [merge for merge in merges if not control & {"".join(merge), *merge}]
+    # Characters that the vocabulary lacks become the unknown token. A whole word that is a token can only be
+    # looked up where merges are ignored, and those are byte-level tokenizers, which lack no character.
+    unknown = None if raw["model"].get("ignore_merges") else raw["model"].get("unk_token")
+    # Text tokens get their ids here: left to the library, they would move up into the ids of the control tokens.
+    vocabulary = model.vocab | {token.content: token.id for token in text_tokens}
+    content = raw | {
+        "model": raw["model"]
+        | {
+            "vocab": {piece: i for piece, i in vocabulary.items() if piece not in control or piece == unknown},
+            "merges": kept,
+            "unk_token": unknown,
+        },
+        "added_tokens": [token for token in raw["added_tokens"] if token["content"] not in control],
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    return _from_json(path, content)
+
+
+def _adds_bos(path: Path, config: dict[str, Any], post_processor: Any, bos_id: int | None) -> bool:
+    """As tokenizer_config.json says, else whether the post-processor puts the BOS before a text."""
+    if bos_id is None or "add_bos_token" in config:
+        return bool(config.get("add_bos_token", False))
+    probe = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    encoder = _from_json(path, {"version": "1.0", "added_tokens": [], "model": probe, "post_processor": post_processor})
+    return encoder.encode("a").ids[:1] == [bos_id]
+
+
+def _from_json(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(msgspec.json.encode(content).decode())
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    """A JSON object, or None where there is no such file."""
+    try:
+        value = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _special_tokens(values: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name; each is written as a string or as an object with its spelling in `content`."""
+    names = {}
+    for name in _SPECIAL_NAMES:
+        value = values.get(name)
+        spelling = value.get("content") if isinstance(value, dict) else value
+        if isinstance(spelling, str):
+            names[name] = spelling
+    return names
+
+
+def _pieces(path: Path, parsed: _TokenizerJson) -> list[str | None]:
+    """Spellings by id. A few holes are normal (padding of the vocabulary), ids far beyond the number of tokens not."""
+    ids = {i: piece for piece, i in parsed.model.vocab.items()}
+    ids |= {token.id: token.content for token in parsed.added_tokens}
+    if not ids:
+        raise TokenizerError(f"{path}: the vocabulary is empty")
+    if min(ids) < 0 or max(ids) > 2 * len(ids) + 4096:
+        raise TokenizerError(f"{path}: ids reach from {min(ids)} to {max(ids)} for {len(ids)} tokens")
+    return [ids.get(i) for i in range(max(ids) + 1)]
+
+
+def _end_ids(generation: dict[str, Any], eos_id: int | None, folder: Path) -> frozenset[int]:
+    """The end tokens of generation_config.json, an id or a list of them, and the tokenizer's own."""
+    value = generation.get("eos_token_id")
+    ids = set(value if isinstance(value, list) else [] if value is None else [value])
+    for i in ids:
+        if not isinstance(i, int) or i < 0:
+            raise TokenizerError(f"{folder / 'generation_config.json'}: eos_token_id holds {i!r}, which is no token id")
+    return frozenset(ids | ({eos_id} if eos_id is not None else set()))
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Files take precedence over the entry in tokenizer_config.json, as in transformers."""
+    value = config.get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(value, str):
+        templates["default"] = value
+    elif isinstance(value, list):
+        try:
+            templates |= {entry.name: entry.template for entry in msgspec.convert(value, list[_NamedTemplate])}
+        except msgspec.ValidationError as error:
+            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template: {error}") from error
+    elif value is not None:
+        raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template is a {type(value).__name__}")
+    try:
+        for path in (folder / "additional_chat_templates").glob("*.jinja"):
+            templates[path.stem] = path.read_text(encoding="utf-8")
+        if (folder / "chat_template.jinja").is_file():
+            templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{folder}: a chat template cannot be read: {error}") from error
+    return templates
+
+
+def _parts(part: _Decoder | None) -> list[_Decoder]:
+    """A decoder's parts: those of a Sequence, or itself alone."""
+    if part is None or part.type != "Sequence":
+        return [] if part is None else [part]
+    return [inner for outer in part.decoders for inner in _parts(outer)]
+
+
+def _continuing(encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The encoder for text after the start, where Metaspace's scheme `first` must not put a space."""
+    metaspace = encoder.pre_tokenizer
+    if not isinstance(metaspace, pre_tokenizers.Metaspace) or metaspace.prepend_scheme != "first":
+        return encoder
+    copy = tokenizers.Tokenizer.from_str(encoder.to_str())
+    copy.pre_tokenizer = pre_tokenizers.Metaspace(metaspace.replacement, "never", metaspace.split)
+    return copy

@@ -1,0 +1,265 @@
+"""A tokenizer from GGUF metadata alone: the keys `tokenizer.ggml.*` and `tokenizer.chat_template*`.
+
+Three models: `gpt2`, byte-level BPE with a named pre-tokenizer; `llama`, SentencePiece-BPE with byte fallback, whose
+merges follow from the pieces' scores; `gemma4`, the same with its merges written out. The keys are described in ggml's
+docs/gguf.md. Control tokens are left out of the encoder's vocabulary, so that no text can become one. Sees a mapping,
+not a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+from dapji.errors import TokenizerError
+from dapji.tokenizer.description import END_TOKENS, Description, end_ids, looks_like_control
+from dapji.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
+
+_MODELS = {
+    "gpt2": "byte-level BPE",
+    "llama": "SentencePiece-BPE",
+    "gemma4": "SentencePiece-BPE with written merges",
+}
+_TYPES = range(7)
+"""0 is `undefined`; such tokens, and those of type `unused`, are never the outcome of encoding."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_SPECIAL_IDS = {  # key in the file (one misspelt there since ever) -> name that templates use
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+    "seperator_token_id": "sep_token",
+    "mask_token_id": "mask_token",
+}
+_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_MAX_PIECE = 1024
+"""Characters. Every way to cut a piece in two is tried, so a longer one would be a way to keep us busy."""
+_LLAMA_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+
+
+class _Metadata:
+    """Typed access to the keys under `tokenizer.ggml.`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self._values.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TokenizerError(f"tokenizer.ggml.{key} is a {type(value).__name__}, expected {kind.__name__}")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        value = self._values.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            raise TokenizerError(f"tokenizer.ggml.{key} is missing")
+        if not isinstance(value, list) or not all(isinstance(element, str) for element in value):
+            raise TokenizerError(f"tokenizer.ggml.{key} is not an array of strings")
+        return value
+
+    def numbers(self, key: str, length: int) -> list[Any] | None:
+        """One number for each token; None where the key is missing."""
+        value = self._values.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or value.ndim != 1:
+            raise TokenizerError(f"tokenizer.ggml.{key} is not an array of numbers")
+        if len(value) != length:
+            raise TokenizerError(
+                f"tokenizer.ggml.{key} has {len(value)} entries, but tokenizer.ggml.tokens has {length}"
+            )
+        if not np.isfinite(value).all():
+            raise TokenizerError(f"tokenizer.ggml.{key} holds a number that is not finite")
+        return list(value.tolist())
+
+
+def describe(values: Mapping[str, Any]) -> Description:
+    """The description that GGUF metadata holds; keys that have nothing to do with tokenizers may be among them.
+
+    Raises TokenizerError where a key is missing, has the wrong type or length, or names something unsupported.
+    """
+    metadata = _Metadata(values)
+    model = metadata.get("model", str)
+    if model not in _MODELS:
+        raise TokenizerError(
+            f"tokenizer.ggml.model is {model!r}, supported are "
+            + ", ".join(f"{name!r} ({what})" for name, what in _MODELS.items())
+        )
+    tokens = metadata.strings("tokens")
+    types = metadata.numbers("token_type", len(tokens)) or [_NORMAL] * len(tokens)
+    special = _special_ids(metadata, len(tokens), model)
+    _check(tokens, types)
+    _mark_control(tokens, types, special)
+    control = {tokens[i]: i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN)}
+
+    add_bos, space_prefix = True, False
+    if model == "gpt2":
+        pre = pre_tokenizer(_pre_name(metadata))
+        encoder = _byte_level(tokens, types, metadata.strings("merges"), pre)
+        add_bos = pre.add_bos
+    elif model == "llama":
+        space_prefix = metadata.get("add_space_prefix", bool, True)
+        if metadata.get("remove_extra_whitespaces", bool, False):
+            raise TokenizerError("tokenizer.ggml.remove_extra_whitespaces is true, which is not supported")
+        encoder = _sentencepiece(tokens, types, metadata.numbers("scores", len(tokens)), space_prefix)
+    else:
+        encoder = _gemma4(tokens, types, metadata.strings("merges"))
+    encoder.add_tokens(
+        [tokenizers.AddedToken(token, normalized=False) for token in _of_type(tokens, types, _USER_DEFINED)]
+    )
+
+    return Description(
+        encoder=encoder,
+        continuing_encoder=encoder,
+        pieces=[token or None for token in tokens],
+        literal=frozenset(i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)),
+        byte_level=model == "gpt2",
+        space_prefix=space_prefix,
+        control=control,
+        strips={},
+        special_tokens={name: tokens[special[key]] for key, name in _SPECIAL_IDS.items() if key in special},
+        bos_id=special.get("bos_token_id"),
+        eos_id=special.get("eos_token_id"),
+        add_bos=metadata.get("add_bos_token", bool, add_bos),
+        stop_ids=end_ids(control) | {special[key] for key in _END_IDS if key in special},
+        chat_templates=_chat_templates(values),
+    )
+
+
+def _pre_name(metadata: _Metadata) -> str:
+    name = metadata.get("pre", str)
+    if name is None:
+        raise TokenizerError(
+            "tokenizer.ggml.pre is missing, so nothing says how this model cuts text into words",
+            hint="the file comes from an old converter; use a newer conversion of the same model",
+        )
+    return str(name)
+
+
+def _special_ids(metadata: _Metadata, n_tokens: int, model: str) -> dict[str, int]:
+    """Special ids by key, those that the file states and, for `llama`, SentencePiece's defaults."""
+    defaults = _LLAMA_DEFAULTS if model == "llama" else {}
+    ids: dict[str, int] = {}
+    for key in {*_SPECIAL_IDS, *_END_IDS}:
+        value = metadata.get(key, int, defaults.get(key))
+        if value is None:
+            continue
+        if not 0 <= value < n_tokens:
+            raise TokenizerError(f"tokenizer.ggml.{key} is {value}, but the vocabulary has {n_tokens} tokens")
+        ids[key] = value
+    return ids
+
+
+def _check(tokens: list[str], types: list[int]) -> None:
+    """No spelling twice (ids could not be told apart), only the token types that ggml defines."""
+    if len({token for token in tokens if token}) != sum(map(bool, tokens)):
+        twice = next(token for token, count in Counter(tokens).items() if token and count > 1)
+        raise TokenizerError(f"tokenizer.ggml.tokens holds {twice!r} twice")
+    for i, kind in enumerate(types):
+        if kind not in _TYPES:
+            raise TokenizerError(f"tokenizer.ggml.token_type[{i}] is {kind}, it must be {min(_TYPES)} to {max(_TYPES)}")
+
+
+def _of_type(tokens: list[str], types: list[int], *kinds: int) -> dict[str, int]:
+    return {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in kinds and token}
+
+
+def _mark_control(tokens: list[str], types: list[int], special: Mapping[str, int]) -> None:
+    """Set the type of tokens that steer the model but are typed otherwise: some converters took them for text."""
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == _USER_DEFINED and (token in END_TOKENS or looks_like_control(token)):
+            types[i] = _CONTROL
+    for key in ("bos_token_id", *_END_IDS):
+        if key in special:
+            types[special[key]] = _CONTROL
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[str], **options: bool) -> tokenizers.Tokenizer:
+    # The space that parts a pair is the first one after the first character: where a space is a token's own first
+    # character, byte-level BPE writes it as another letter, but a raw one may begin a pair of gemma4.
+    cuts = [merge.find(" ", 1) for merge in merges]
+    pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, **options))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+
+
+def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: PreTokenizer) -> tokenizers.Tokenizer:
+    vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED)
+    encoder = _bpe(vocabulary, merges, ignore_merges=pre.ignore_merges)
+    if pre.nfc:
+        encoder.normalizer = normalizers.NFC()
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return encoder
+
+
+def _sentencepiece(
+    tokens: list[str], types: list[int], scores: list[float] | None, space_prefix: bool
+) -> tokenizers.Tokenizer:
+    """SentencePiece-BPE always joins the neighbours whose union is the piece of the best score, leftmost first.
+
+    That is BPE with a merge for every way to write a piece as two pieces, ranked by the score of the whole.
+    """
+    if scores is None:
+        raise TokenizerError("tokenizer.ggml.scores is missing")
+    pieces = _of_type(tokens, types, _NORMAL)
+    ranked: list[tuple[float, int, str, str]] = []
+    for piece, i in pieces.items():
+        if len(piece) > _MAX_PIECE:
+            raise TokenizerError(f"tokenizer.ggml.tokens[{i}] has {len(piece)} characters, the limit is {_MAX_PIECE}")
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                ranked.append((-scores[i], -cut, left, right))
+    ranked.sort()
+    vocabulary = pieces | _bytes(tokens, types)
+    encoder = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[pair[2:] for pair in ranked], byte_fallback=True)
+    )
+    replace = normalizers.Replace(" ", "▁")
+    encoder.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if space_prefix else replace
+    return encoder
+
+
+def _gemma4(tokens: list[str], types: list[int], merges: list[str]) -> tokenizers.Tokenizer:
+    vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED) | _bytes(tokens, types)
+    encoder = _bpe(vocabulary, merges, byte_fallback=True)
+    encoder.normalizer = normalizers.Replace(" ", "▁")
+    encoder.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated")
+    return encoder
+
+
+def _bytes(tokens: list[str], types: list[int]) -> dict[str, int]:
+    """The 256 tokens that stand for one byte each."""
+    found = _of_type(tokens, types, _BYTE)
+    wanted = [f"<0x{byte:02X}>" for byte in range(256)]
+    if missing := [spelling for spelling in wanted if spelling not in found]:
+        raise TokenizerError(f"tokenizer.ggml.tokens has no token of type byte for {', '.join(missing[:8])}")
+    return {spelling: found[spelling] for spelling in wanted}
+
+
+def _chat_templates(values: Mapping[str, Any]) -> dict[str, str]:
+    templates = {}
+    for key, value in values.items():
+        if key == "tokenizer.chat_template":
+            templates["default"] = value
+        elif key.startswith("tokenizer.chat_template."):
+            templates[key.removeprefix("tokenizer.chat_template.")] = value
+        else:
+            continue
+        if not isinstance(value, str):
+            raise TokenizerError(f"{key} is a {type(value).__name__}, expected a string")
+    return templates

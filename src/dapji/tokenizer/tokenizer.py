@@ -1,0 +1,194 @@
+"""`Tokenizer`: text to token ids and back; `Detokenizer`: the same back direction, one id at a time.
+
+Encoding runs in the `tokenizers` library; decoding is ours, over bytes, so that a character which spans several
+tokens is never split. Must not know models, weights or chats.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dapji.errors import TokenizerError
+from dapji.tokenizer import folder, gguf
+from dapji.tokenizer.description import Description
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """GPT-2's alphabet: code point of the character that stands for a byte -> that byte.
+
+    Printable bytes stand for themselves, the others for the code points from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """One model's vocabulary, ready to encode and decode. Safe to share between threads."""
+
+    def __init__(self, description: Description) -> None:
+        self._description = description
+        self._bytes: dict[int, bytes] = {}
+        self._alphabet = _byte_alphabet()
+        spellings = sorted(description.control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """From GGUF metadata (key -> Python value). Raises TokenizerError."""
+        return cls(gguf.describe(metadata))
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """From a folder in the Hugging Face layout that holds a tokenizer.json. Raises TokenizerError."""
+        return cls(folder.describe(Path(path)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this. The model's own vocabulary may be padded beyond it."""
+        return len(self._description.pieces)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._description.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._description.eos_id
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether the model wants its sequences to begin with `bos_id`."""
+        return self._description.add_bos and self._description.bos_id is not None
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends an answer."""
+        return self._description.stop_ids
+
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Control tokens: spelling -> id."""
+        return self._description.control
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """`bos_token`, `eos_token` … -> spelling, as chat templates want them."""
+        return self._description.special_tokens
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Chat templates that came with the model; the usual one is called `default`."""
+        return self._description.chat_templates
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS is added, and the spelling of a control token is text like any other."""
+        return self.encode_parts([text])
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of a sequence of plain texts and of ids that stay as they are; no BOS is added.
+
+        Raises TokenizerError for text that is not Unicode (lone surrogates).
+        """
+        ids: list[int] = []
+        encoder = self._description.encoder
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            elif part:
+                try:
+                    ids += encoder.encode(part, add_special_tokens=False).ids
+                except UnicodeEncodeError as error:
+                    raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+            else:
+                continue
+            encoder = self._description.continuing_encoder
+        return ids
+
+    def split_control(self, text: str) -> list[str | int]:
+        """Cut `text` at the spellings of control tokens: plain texts and control ids, as `encode_parts` takes them.
+
+        At every place the longest spelling wins. White space that a control token swallows is gone.
+        """
+        if self._control_pattern is None:
+            return [text] if text else []
+        parts: list[str | int] = []
+        start, strip_next = 0, False
+        for match in self._control_pattern.finditer(text):
+            token = self._description.control[match[0]]
+            strip_before, strip_after = self._description.strips.get(token, (False, False))
+            parts.append(_strip(text[start : match.start()], strip_next, strip_before))
+            parts.append(token)
+            start, strip_next = match.end(), strip_after
+        parts.append(_strip(text[start:], strip_next, False))
+        return [part for part in parts if part != ""]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, maybe a part of a character; a control token's are its spelling."""
+        cached = self._bytes.get(token)
+        if cached is None:
+            cached = self._bytes[token] = self._token_bytes(token)
+        return cached
+
+    def _token_bytes(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab_size:
+            raise TokenizerError(f"token id {token} is out of range: the vocabulary has {self.vocab_size} tokens")
+        piece = self._description.pieces[token]
+        if piece is None:
+            return b""
+        if token in self._description.literal:
+            return piece.encode()
+        if self._description.byte_level:
+            try:
+                return bytes(self._alphabet[ord(char)] for char in piece)
+            except KeyError:
+                return piece.encode()
+        byte = _BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+    def is_control(self, token: int) -> bool:
+        return self._description.control.get(self._description.pieces[token] or "") == token
+
+    def decode(self, ids: Sequence[int], *, skip_control: bool = True, continuation: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        `continuation`: the text follows an earlier one, so a leading space that encoding would have put there stays.
+        """
+        detokenizer = Detokenizer(self, skip_control=skip_control, continuation=continuation)
+        return "".join([detokenizer.push(token) for token in ids]) + detokenizer.flush()
+
+
+class Detokenizer:
+    """Incremental decoding. The pieces, joined, are what `decode` gives for the whole; none ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_control: bool = True, continuation: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_control = skip_control
+        self._strip_space = tokenizer._description.space_prefix and not continuation
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is still open."""
+        data = self._tokenizer.token_bytes(token)
+        if self._tokenizer.is_control(token):
+            if self._skip_control:
+                return ""
+        elif self._strip_space and data:
+            data = data.removeprefix(b" ")
+            self._strip_space = False
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never came to its end, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _strip(text: str, left: bool, right: bool) -> str:
+    text = text.lstrip() if left else text
+    return text.rstrip() if right else text
