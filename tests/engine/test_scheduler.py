@@ -81,7 +81,7 @@ def test_more_prompts_than_mixed_prompt_tokens_still_get_a_token_each() -> None:
     prompts = [sequence(40, first=100 * i) for i in range(1, 8)]
     for prompt in prompts:
         plan.add(prompt)
-    assert step(plan) == {stream: 1, **{prompt: 1 for prompt in prompts}}
+    assert step(plan) == {stream: 1, **dict.fromkeys(prompts, 1)}
 
 
 def test_at_most_max_running_in_order_of_arrival() -> None:

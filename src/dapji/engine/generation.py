@@ -101,14 +101,14 @@ class Scoring(Job):
 
     def __init__(self, tokens: NDArray[np.int32], *, start: int, deliver: Callable[[object], None]) -> None:
         # Position p's logits speak of token p + 1: the last token need not be computed.
-        super().__init__(tokens, length=len(tokens) - 1, wanted=start - 1, deliver=deliver)
-        self._start = start
+        super().__init__(tokens[:-1], length=len(tokens) - 1, wanted=start - 1, deliver=deliver)
+        self._targets = tokens[1:]
+        self._first = start - 1
         self._result = np.empty(len(tokens) - start, dtype=np.float64)
 
     def accept(self, logits: NDArray[np.float32]) -> NDArray[np.float64] | None:
-        first = self.wanted + 1
-        end = first + len(logits)
-        self._result[first - self._start : end - self._start] = log_probability(logits, self.tokens[first:end])
-        self.wanted += len(logits)
+        first, end = self.wanted, self.wanted + len(logits)
+        self._result[first - self._first : end - self._first] = log_probability(logits, self._targets[first:end])
+        self.wanted = end
         self.done = self.wanted == self.length
         return self._result if self.done else None
