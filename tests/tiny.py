@@ -28,6 +28,11 @@ BYTES = len(CONTROL)
 """Id of the token of byte 0."""
 
 
+SCRIPT = ["안녕하세요!", " 답은", " 4", "2", "입니다.", " 🎉".encode()[:3], " 🎉".encode()[3:]]
+"""The last two items are the halves of an emoji."""
+ANSWER = "안녕하세요! 답은 42입니다. 🎉"
+
+
 def alphabet() -> list[str]:
     """GPT-2's character for every byte: printable ones stand for themselves, the others for 256 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

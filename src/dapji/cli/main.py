@@ -40,6 +40,17 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"dapji.cli.{cmd_name}").command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of our output went away (`dapji ... | head`): say nothing, and keep Python from saying it at
+            # exit. The code is a shell's for SIGPIPE; click itself would make it 1.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(141) from None
+        return result
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -78,7 +89,6 @@ def main(argv: list[str] | None = None) -> None:
     set_encodings()
     try:
         result: Any = cli.main(args=argv, prog_name="dapji", standalone_mode=False)
-        sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except click.UsageError as error:
         print_error(error.format_message(), hint=f"{error.ctx.command_path if error.ctx else 'dapji'} --help")
@@ -89,10 +99,6 @@ def main(argv: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away (`dapji ... | head`): say nothing, and keep Python from saying it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except DapjiError as error:
         print_error(error.message, error.hint)
         sys.exit(1)
