@@ -79,9 +79,8 @@ def describe(folder: Path) -> Description:
     for token in parsed.added_tokens:
         steers = token.special or token.content in always_control or looks_like_control(token.content)
         (control if steers else text_tokens).append(token)
-    for token in control:
-        if token.single_word:
-            raise TokenizerError(f"{path}: control token {token.content!r} has single_word, which is not supported")
+        if steers and (token.single_word or not token.content):
+            raise TokenizerError(f"{path}: control token {token.content!r} is empty or has single_word, not supported")
     control_ids = {token.content: token.id for token in control}
     pieces = _pieces(path, parsed)
     ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
@@ -127,7 +126,7 @@ def _encoder(
             "merges": kept,
             "unk_token": unknown,
         },
-        "added_tokens": [token for token in raw["added_tokens"] if token["content"] not in control],
+        "added_tokens": [token for token in raw.get("added_tokens", []) if token["content"] not in control],
         "post_processor": None,
         "truncation": None,
         "padding": None,

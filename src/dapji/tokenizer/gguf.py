@@ -97,7 +97,7 @@ def describe(values: Mapping[str, Any]) -> Description:
     special = _special_ids(metadata, len(tokens), model)
     _check(tokens, types)
     _mark_control(tokens, types, special)
-    control = {tokens[i]: i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN)}
+    control = _of_type(tokens, types, _CONTROL, _UNKNOWN)
 
     add_bos, space_prefix = True, False
     if model == "gpt2":
@@ -225,7 +225,7 @@ def _sentencepiece(
             if left in pieces and right in pieces:
                 ranked.append((-scores[i], -cut, left, right))
     ranked.sort()
-    vocabulary = pieces | _bytes(tokens, types)
+    vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED) | _bytes(tokens, types)
     encoder = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=[pair[2:] for pair in ranked], byte_fallback=True)
     )

@@ -36,6 +36,7 @@ class Tokenizer:
         self._description = description
         self._bytes: dict[int, bytes] = {}
         self._alphabet = _byte_alphabet()
+        self._control_ids = frozenset(description.control.values())
         spellings = sorted(description.control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, spellings))) if spellings else None
 
@@ -103,9 +104,10 @@ class Tokenizer:
                 ids.append(part)
             elif part:
                 try:
-                    ids += encoder.encode(part, add_special_tokens=False).ids
+                    part.encode()
                 except UnicodeEncodeError as error:
                     raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+                ids += encoder.encode(part, add_special_tokens=False).ids
             else:
                 continue
             encoder = self._description.continuing_encoder
@@ -153,7 +155,7 @@ class Tokenizer:
         return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
     def is_control(self, token: int) -> bool:
-        return self._description.control.get(self._description.pieces[token] or "") == token
+        return token in self._control_ids
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = True, continuation: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
