@@ -1,0 +1,266 @@
+"""`load()` and `Model`: files become a tokenizer, a template and an engine that work together.
+
+This is where token ids meet text. Sits above the engine; knows neither the terminal nor HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dapji.chat import ChatTemplate
+from dapji.engine import Engine, Finish, Logprobs, Request, Sampling, StopStrings
+from dapji.errors import ConfigError, RequestError, TokenizerError
+from dapji.models import families
+from dapji.models.config import ModelConfig
+from dapji.models.executor import Executor, ExecutorKind, KvFormat, default_kind, open_executor
+from dapji.ops.tensor import Tensor
+from dapji.tokenizer import Detokenizer, Tokenizer
+from dapji.weights import store
+from dapji.weights.checkpoint import Checkpoint, open_checkpoint
+
+DEFAULT_CONTEXT = 8192
+"""Tokens, or the model's own limit where that is shorter: keeps the cache of a small model in tens of MB."""
+
+CHAT_SAMPLING: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.9}
+"""For models whose files do not say how to draw."""
+
+_PENALTY = "repetition_penalty"
+_GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "typical_p", _PENALTY)
+"""Of generation_config.json."""
+_GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": _PENALTY}
+"""Of GGUF's general.sampling.*."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Files:
+    """A model's files, translated: everything but an executor."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    """By canonical name."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises TokenizerError, also where it has more tokens than the weights."""
+        if self.checkpoint.kind == "gguf":
+            tokenizer = Tokenizer.from_gguf(self.checkpoint.metadata)
+        else:
+            tokenizer = Tokenizer.from_folder(self.checkpoint.path)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's weights only {self.config.vocab_size}"
+            )
+        return tokenizer
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of `Sampling` that the model's makers recommend, else CHAT_SAMPLING. Raises ConfigError."""
+        generation = self.checkpoint.generation
+        found = {key: generation[key] for key in _GENERATION_KEYS if generation.get(key) is not None}
+        for key, name in _GGUF_KEYS.items():
+            value = self.checkpoint.metadata.get(f"general.sampling.{key}")
+            if value is not None:
+                found[name] = round(value, 6) if isinstance(value, float) else value  # a float32 is not quite 0.7
+        if isinstance(found.get("top_k"), int):
+            found["top_k"] = max(0, found["top_k"])  # some write -1 for all
+        if generation.get("do_sample") is False:
+            found = {name: value for name, value in found.items() if name == _PENALTY} | {"temperature": 0.0}
+        elif found.keys() <= {_PENALTY}:
+            found |= CHAT_SAMPLING
+        try:
+            Sampling(**found)
+        except RequestError as error:
+            raise ConfigError(f"{self.checkpoint.path}: default sampling: {error.message}") from error
+        return found
+
+
+def open_files(name_or_path: str | Path) -> Files:
+    """Open a model of the store, a GGUF file or a folder. Maps the weights, reads none of them.
+
+    Raises ModelNotFound, FormatError or ConfigError.
+    """
+    checkpoint = open_checkpoint(store.resolve(name_or_path))
+    translate = families.from_gguf if checkpoint.kind == "gguf" else families.from_hf
+    config, tensors = translate(checkpoint.metadata, checkpoint.tensors)
+    return Files(checkpoint=checkpoint, config=config, tensors=tensors)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    executor: ExecutorKind | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    kv: KvFormat = "f16",
+    device: str = "cpu",
+) -> Model:
+    """Open a model and make it ready to answer.
+
+    name_or_path: an installed model (`dapji list`), a GGUF file, or a folder in the Hugging Face layout.
+    executor: "native", "torch" or "reference"; by default native where it was built.
+    context: the longest conversation in tokens, prompt and answer together; default: the model's, at most 8192.
+    threads: native only; kv: format of the cache; device: torch only.
+    Raises ModelNotFound, FormatError, ConfigError, TokenizerError, UnavailableError.
+    """
+    files = open_files(name_or_path)
+    tokenizer = files.tokenizer()  # before the executor, which takes longer: what is wrong with it shows at once
+    opened = open_executor(
+        executor or default_kind(),
+        files.config,
+        files.tensors,
+        context=min(files.config.max_context, DEFAULT_CONTEXT) if context is None else context,
+        threads=threads,
+        kv=kv,
+        device=device,
+    )
+    return Model(files, tokenizer, opened)
+
+
+class Model:
+    """A model that answers. A context manager; `close` frees weights and cache."""
+
+    def __init__(self, files: Files, tokenizer: Tokenizer, executor: Executor) -> None:
+        """Owns the executor from here on."""
+        self.files = files
+        self.config = files.config
+        self.tokenizer = tokenizer
+        self.executor = executor
+        self.name = files.checkpoint.path.name
+        self._sampling = files.sampling()
+        self.engine = Engine(executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's own chat template. Raises TemplateError where it has none."""
+        return ChatTemplate.of(self.tokenizer)
+
+    @property
+    def summary(self) -> str:
+        """One line: size, format of most weights, context."""
+        n = sum(tensor.rows * tensor.cols for tensor in self.files.tensors.values())
+        size = f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M"
+        return f"{size} parameters, {next(iter(self.files.checkpoint.formats))}, context {self.engine.context}"
+
+    def options(
+        self,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any]:
+        """The options of an answer, all of them, with the model's own defaults filled in.
+
+        max_tokens, logprobs: as in `Request`. stop: the answer ends before the first of these texts.
+        sampling: fields of `Sampling`. Raises RequestError for an unknown option or a value out of range.
+        """
+        own = {
+            "max_tokens": max_tokens,
+            "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+            "logprobs": logprobs,
+        }
+        known = {field.name for field in fields(Sampling)}
+        if unknown := sampling.keys() - known:
+            names = ", ".join([*sorted(known), *own])
+            raise RequestError(f"unknown option {min(unknown)!r}", hint=f"options: {names}")
+        return asdict(Sampling(**(self._sampling | sampling))) | own
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
+        """The answer to a conversation of {"role", "content"} messages; options as in `options`.
+
+        Raises TemplateError, RequestError, ContextError.
+        """
+        return self._reply(self.template.prompt(messages), options, continuation=False)
+
+    def complete(self, text: str, **options: Any) -> Reply:
+        """What follows `text`, without a chat template: control tokens in it are plain text. Raises like `chat`."""
+        bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
+        return self._reply(bos + self.tokenizer.encode(text), options, continuation=text != "")
+
+    def _reply(self, prompt: Sequence[int], options: Mapping[str, Any], *, continuation: bool) -> Reply:
+        """continuation: the answer goes on a text, so that a space at its beginning belongs to it."""
+        chosen = self.options(**options)
+        max_tokens, stop, logprobs = (chosen.pop(name) for name in ("max_tokens", "stop", "logprobs"))
+        text = _Text(Detokenizer(self.tokenizer, continuation=continuation), StopStrings(stop))
+        request = Request(
+            prompt=prompt, max_tokens=max_tokens, sampling=Sampling(**chosen), stop=text.push, logprobs=logprobs
+        )
+        return Reply(self.engine, request, text)
+
+    def close(self) -> None:
+        """Ends what still runs, frees the executor. May be repeated."""
+        self.engine.close()
+        self.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Text:
+    """Turns the tokens of an answer into text, up to a stop string. Knows nothing of the `Reply`: the engine holds on
+    to this, and a reply that is let go must end."""
+
+    def __init__(self, detokenizer: Detokenizer, stop: StopStrings) -> None:
+        self._detokenizer = detokenizer
+        self._stop = stop
+        self.pieces: deque[str] = deque()
+        """One for each token pushed."""
+
+    def push(self, token: int) -> bool:
+        """Runs on the engine's thread, before the token's Output is delivered. True: a stop string was found."""
+        self.pieces.append(self._stop.feed(self._detokenizer.push(token)))
+        return self._stop.found is not None
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come; "" after a stop string."""
+        return self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
+
+
+class Reply(Iterator[str]):
+    """Text as it is generated, in pieces that never split a character. Letting it go ends the generation.
+
+    `Model.chat` and `Model.complete` make it.
+    """
+
+    def __init__(self, engine: Engine, request: Request, text: _Text) -> None:
+        self.text = ""
+        """What has been passed on so far."""
+        self.tokens: list[int] = []
+        """Every generated token, an end token included."""
+        self.logprobs: list[Logprobs] = []
+        """One for each token, where they were asked for."""
+        self.finish: Finish | None = None
+        """Why and how it ended; None while it runs, and when it was closed before."""
+        self._text = text
+        self._stream = engine.generate(request)
+
+    def __next__(self) -> str:
+        """Waits for the next piece of text. Raises what ended the generation, if it was an error."""
+        while self.finish is None:
+            output = next(self._stream)
+            self.tokens.append(output.token)
+            if output.logprobs is not None:
+                self.logprobs.append(output.logprobs)
+            self.finish = output.finish
+            ended_by_token = self.finish is not None and self.finish.stop_token is not None
+            text = "" if ended_by_token else self._text.pieces.popleft()  # an end token has no text
+            if self.finish is not None:
+                text += self._text.end()
+            if text:
+                self.text += text
+                return text
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the generation now."""
+        self._stream.close()
