@@ -90,7 +90,9 @@ class Source(Protocol):
         this installation lacks something, UsageError where the request is ambiguous, OSError where the disk fails."""
 
 
-STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""No room on the disk, for this user, or in a file of this file system (FAT ends at 4 GB)."""
+STORAGE_ERRNOS = FULL_ERRNOS | {errno.EACCES, errno.EPERM, errno.EROFS}
 """Our disk's fault: no other source would help."""
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from dapji.errors import DapjiError, DownloadError, IntegrityError, UnavailableError
 from dapji.weights.sources_base import (
-    CHUNK,
     STORAGE_ERRNOS,
     DeliveredFile,
     Delivery,
@@ -70,7 +69,7 @@ class HubSource:
     def _fetch(self, folder: Path, want: Want, progress: Progress) -> Delivery:
         from huggingface_hub import HfApi, hf_hub_url
 
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        api = HfApi(endpoint=_endpoint())
         info = api.model_info(self.repository, files_metadata=True, timeout=LISTING_TIMEOUT)
         offered = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         names = gguf_shards(self.file) if self.file else model_files(offered, self.spec)
@@ -99,6 +98,13 @@ class HubSource:
             licence=_licence(info),
             revision=info.sha,
         )
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    # The environment is read on each use, since the library reads it only once, when it is imported.
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def _partial(path: Path) -> Path:
@@ -151,7 +157,7 @@ def _stream(url: str, partial: Path, size: int, advance: Callable[[int], object]
         with partial.open("r+b") as file:
             file.truncate(start)
             file.seek(start)
-            for chunk in response.iter_bytes(CHUNK):
+            for chunk in response.iter_bytes():  # as they arrive: a chunk size would hold bytes back, and lose them
                 file.write(chunk)
                 advance(len(chunk))
                 if file.tell() > size:
@@ -171,4 +177,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "no such repository, or a private one (set HF_TOKEN)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    reason = lines[0] if lines else type(error).__name__
+    return reason if _endpoint() in reason else f"{_endpoint()}: {reason}"

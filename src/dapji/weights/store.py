@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import errno
 import hashlib
 import json
 import os
@@ -38,6 +37,7 @@ from dapji.errors import (
 )
 from dapji.weights import catalogue, sources
 from dapji.weights.sources_base import (
+    FULL_ERRNOS,
     STORAGE_ERRNOS,
     DeliveredFile,
     Delivery,
@@ -324,7 +324,7 @@ def _held(name: str, progress: Progress) -> Iterator[None]:
         if error.errno not in STORAGE_ERRNOS:
             raise
         where = error.filename or root
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_ERRNOS:
             raise DownloadError(
                 f"no space left for {where}: {error.strerror}",
                 hint="free some space, or set DAPJI_HOME to a folder on another disk; the download continues then",
