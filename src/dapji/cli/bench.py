@@ -62,7 +62,7 @@ def command(
         work = Work.of(opened.config, opened.files.tensors, values["kv"])
         speed = measure_speed(
             opened.engine,
-            vocab_size=opened.config.vocab_size,
+            vocab_size=opened.tokenizer.vocab_size,
             threads=n_threads,
             n_prompt=prompt,
             n_decode=decode,
