@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from in_process import Dapji, Result
-from tiny import SCRIPT, write_tiny
 
 from dapji.cli.main import main
+from tiny import SCRIPT, write_tiny
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ import click
 import pexpect
 import pytest
 from in_process import Dapji
-from tiny import ANSWER
 
-from dapji.cli.main import COMMANDS
+from dapji.cli.main import COMMANDS, main
 from dapji.errors import UsageError
+from tiny import ANSWER
 
 HEAVY = {
     "numpy",
@@ -127,14 +127,12 @@ def test_how_exceptions_end(
     assert said in result.err
 
 
-def test_a_defect_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch, dapji: Dapji) -> None:
+def test_a_defect_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("dapji.weights.store.installed", fail)
     with pytest.raises(ZeroDivisionError):
-        from dapji.cli.main import main
-
         main(["list"])
 
 
