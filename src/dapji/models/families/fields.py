@@ -85,6 +85,8 @@ class Fields:
         if key in self:
             if isinstance(supported, bool):
                 value: bool | float | str = self.boolean(key)
+            elif isinstance(supported, int):
+                value = self.integer(key)
             else:
                 value = self.string(key) if isinstance(supported, str) else self.number(key)
             if value != supported:

@@ -23,6 +23,8 @@ def _from_hf(fields: Fields) -> ModelConfig:
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:
     attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
+    if any(layer.attention.window is not None for layer in config.layers):
+        raise ConfigError("config.json of llama has no form for a window")
     if attention.qkv_bias != attention.out_bias:
         raise ConfigError(
             "config.json of llama has one attention_bias, "

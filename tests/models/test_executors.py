@@ -1,0 +1,201 @@
+"""Executors: one sequence in pieces, several in any mix, blocks in any order, all cache formats, and the errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_models import ORIGINAL, TEXT, VOCAB, oracle_logits, text, translated
+
+from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
+from dapji.models.executor import Executor, ExecutorKind, open_executor
+from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.reference import KvFormat
+
+KINDS: list[ExecutorKind] = ["reference", "torch"]
+TOLERANCE = 1e-4
+"""Absolute (2e-5 is what occurs), on logits of magnitude 10: matrix products of other shapes sum in another order."""
+
+
+@dataclass(kw_only=True)
+class Sequence:
+    """A text whose tokens go to the executor in pieces."""
+
+    tokens: list[int]
+    pieces: list[int]
+    blocks: list[int]
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    past: int = 0
+
+
+def run(executor: Executor, sequences: list[Sequence]) -> None:
+    """Step after step, a piece of every sequence that has one left."""
+    while running := [s for s in sequences if s.pieces]:
+        sizes = [s.pieces.pop(0) for s in running]
+        starts = np.cumsum([0, *sizes], dtype=np.int32)
+        width = max(len(s.blocks) for s in running)
+        batch = Batch(
+            tokens=np.concatenate(
+                [s.tokens[s.past : s.past + n] for s, n in zip(running, sizes, strict=True)], dtype=np.int32
+            ),
+            positions=np.concatenate(
+                [np.arange(s.past, s.past + n) for s, n in zip(running, sizes, strict=True)], dtype=np.int32
+            ),
+            starts=starts,
+            blocks=np.array([s.blocks + [-1] * (width - len(s.blocks)) for s in running], dtype=np.int32),
+            rows=np.arange(starts[-1], dtype=np.int32),
+        )
+        logits = executor.step(batch)
+        for s, n, start in zip(running, sizes, starts, strict=False):
+            s.logits.append(logits[start : start + n].copy())
+            s.past += n
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama-3.1", "mistral", "qwen2-window"])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param([1] * 80, id="token-by-token"),
+        pytest.param([7, 57, 1, 1, 14], id="uneven"),
+        pytest.param([16, 16, 16, 32], id="blocks"),
+        pytest.param([79, 1], id="prompt-and-one"),
+    ],
+)
+def test_a_prompt_in_pieces_is_the_whole(name: str, kind: ExecutorKind, pieces: list[int]) -> None:
+    config, tensors = translated(name)
+    executor = open_executor(kind, config, tensors, context=TEXT, kv="f32")
+    sequence = Sequence(tokens=text(), pieces=list(pieces), blocks=list(range(5)))
+    run(executor, [sequence])
+    np.testing.assert_allclose(np.concatenate(sequence.logits), oracle_logits(name)[:80], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama-3.1", "mistral"])
+def test_a_batch_is_each_sequence_alone(name: str, kind: ExecutorKind) -> None:
+    """Prompt chunks and decode tokens side by side, blocks scattered over the cache."""
+    config, tensors = translated(name)
+    blocks = np.random.default_rng(1).permutation(20).tolist()
+    sequences = [
+        Sequence(tokens=text(60, seed=1), pieces=[50] + [1] * 10, blocks=blocks[:4]),
+        Sequence(tokens=text(80, seed=2), pieces=[1, 1, 30, 30, 18], blocks=blocks[4:9]),
+        Sequence(tokens=text(9, seed=3), pieces=[8, 1], blocks=blocks[9:10]),
+        Sequence(tokens=text(90, seed=4), pieces=[90], blocks=blocks[10:16]),
+    ]
+    run(open_executor(kind, config, tensors, context=TEXT, kv="f32", n_blocks=20), sequences)
+    for sequence in sequences:
+        alone = open_executor(kind, config, tensors, context=TEXT, kv="f32")
+        want = alone.step(Batch.single(sequence.tokens))
+        np.testing.assert_allclose(np.concatenate(sequence.logits), want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_choose_whose_logits_are_given(kind: ExecutorKind) -> None:
+    config, tensors = translated("llama-3.2")
+    executor = open_executor(kind, config, tensors, context=TEXT, kv="f32")
+    whole = executor.step(Batch.single(text(40)))
+    batch = Batch.single(text(40))
+    chosen = Batch(
+        tokens=batch.tokens,
+        positions=batch.positions,
+        starts=batch.starts,
+        blocks=batch.blocks,
+        rows=np.array([3, 39], dtype=np.int32),
+    )
+    np.testing.assert_allclose(executor.step(chosen), whole[[3, 39]], rtol=0, atol=TOLERANCE)
+    assert executor.step(Batch.single(text(40), all_rows=False)).shape == (1, VOCAB)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
+def test_a_copied_block_continues_alike(kind: ExecutorKind, kv: KvFormat) -> None:
+    config, tensors = translated("llama-3.1")
+    executor = open_executor(kind, config, tensors, context=TEXT, kv=kv, n_blocks=6)
+    first = Sequence(tokens=text(30), pieces=[28, 1, 1], blocks=[0, 1])
+    run(executor, [first])
+    executor.copy_block(1, 4)
+    # the last two tokens again, in the copy; then the original is overwritten and does not matter
+    run(executor, [Sequence(tokens=text(30, seed=9), pieces=[30], blocks=[3, 1])])
+    again = Sequence(tokens=text(30), pieces=[1, 1], blocks=[0, 4], past=28)
+    run(executor, [again])
+    np.testing.assert_array_equal(np.concatenate(again.logits), np.concatenate(first.logits[1:]))
+
+
+@pytest.mark.parametrize(("kv", "tolerance"), [("f16", 0.02), ("q8", 1.0)])
+def test_a_rounded_cache_is_rounded_alike_everywhere(kv: KvFormat, tolerance: float) -> None:
+    """tests/ops checks the rounding bit for bit; here a value may fall on the other side of a step, so that the bound
+    is the effect of rounding itself on this model of large weights."""
+    config, tensors = translated("llama-3.1")
+    executors = [open_executor(kind, config, tensors, context=TEXT, kv=kv) for kind in KINDS]
+    reference, other = (executor.step(Batch.single(text())) for executor in executors)
+    exact = oracle_logits("llama-3.1")
+    effect = np.abs(reference - exact).max()
+    assert 1e-4 < effect < tolerance
+    assert np.abs(other - reference).max() < effect
+    assert np.sqrt(np.mean((other - reference) ** 2)) < 0.2 * np.sqrt(np.mean((reference - exact) ** 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_or_position_out_of_range_is_refused(kind: ExecutorKind) -> None:
+    config, tensors = translated("llama-3.1")
+    executor = open_executor(kind, config, tensors, context=40)
+    with pytest.raises(ContextError, match="position 40 is beyond the context of 40 tokens"):
+        executor.step(Batch.single(text(41)))
+    for token in (VOCAB, -1):
+        with pytest.raises(RequestError, match=f"token id {token} is beyond the vocabulary of {VOCAB}"):
+            executor.step(Batch.single([1, token]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("reference", {"context": 513}, ConfigError, "a context of 513 tokens .* has 512"),
+        ("torch", {"context": 0}, ConfigError, "a context of 0 tokens"),
+        ("reference", {"device": "cuda"}, UsageError, "device is an option of the torch executor, not of reference"),
+        ("reference", {"dtype": "bfloat16"}, UsageError, "dtype is an option of the torch executor"),
+        ("torch", {"threads": 2}, UsageError, "threads is an option of the native executor, not of torch"),
+        ("torch", {"activations": "q8"}, UsageError, "activations is an option of the reference executor"),
+        ("torch", {"device": "vulkan"}, UsageError, "unknown device 'vulkan'\nhint: one of: cpu, cuda"),
+        ("torch", {"device": "abacus"}, UsageError, "unknown device 'abacus'"),
+        ("torch", {"device": "cuda:99"}, UnavailableError, "there is no device cuda:99"),
+        ("torch", {"device": "cpu:1"}, UnavailableError, "there is no device cpu:1: torch .* sees 1 of type cpu"),
+        ("quantum", {}, UsageError, "unknown executor 'quantum'"),
+    ],
+)
+def test_wrong_options(kind: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    config, tensors = translated("llama-3.1")
+    with pytest.raises(error, match=message):
+        open_executor(kind, config, tensors, **{"context": ORIGINAL, **options})
+
+
+def test_by_default_the_cache_holds_one_sequence() -> None:
+    config, tensors = translated("llama-3.1")
+    for kind in KINDS:
+        assert open_executor(kind, config, tensors, context=KV_BLOCK + 1).n_blocks == 2
+
+
+def test_dapji_and_its_executors_do_not_import_torch() -> None:
+    program = "import dapji, dapji.models.executor, dapji.models.families, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_without_torch_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name in ("torch", "dapji.models.torch_executor", "dapji.ops.torch")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [_NoTorch(), *sys.meta_path])
+    config, tensors = translated("llama-3.1")
+    with pytest.raises(UnavailableError, match=r"torch is not installed\nhint: pip install 'dapji\[train\]'"):
+        open_executor("torch", config, tensors, context=ORIGINAL)
+
+
+class _NoTorch:
+    """An import hook of an installation without torch."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")

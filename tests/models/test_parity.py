@@ -1,0 +1,113 @@
+"""The decoder on the reference and on torch against transformers, on a tiny model of every generation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import ORIGINAL, TEXT, TINY, VOCAB, WINDOW, oracle, oracle_logits, text, translated
+
+from dapji.models.config import LayerConfig, ModelConfig
+from dapji.models.executor import ExecutorKind, open_executor
+from dapji.models.families.names import hf_name
+from dapji.models.torch_executor import load_weights, sequence_logits
+from dapji.ops.batch import Batch
+from dapji.ops.tensor import Tensor
+from dapji.ops.torch import TorchTables
+
+TOLERANCE = 1e-4
+"""Absolute, on logits of magnitude 10 to 20: the order of float32 sums, no more."""
+
+
+def logits(
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    length: int = TEXT,
+    *,
+    kind: ExecutorKind = "reference",
+    context: int | None = None,
+) -> np.ndarray:
+    executor = open_executor(kind, config, tensors, context=context or length, kv="f32")
+    return executor.step(Batch.single(text(length)))
+
+
+@pytest.mark.parametrize("kind", ["reference", "torch"])
+@pytest.mark.parametrize("name", TINY)
+def test_logits_are_those_of_transformers(name: str, kind: ExecutorKind) -> None:
+    """At every position: before, at and far beyond each threshold of position and window."""
+    config, tensors = translated(name)
+    np.testing.assert_allclose(logits(config, tensors, kind=kind), oracle_logits(name), rtol=0, atol=TOLERANCE)
+
+
+def without_scaling(layer: LayerConfig) -> LayerConfig:
+    assert layer.attention.rope is not None
+    return replace(layer, attention=replace(layer.attention, rope=replace(layer.attention.rope, scaling=None)))
+
+
+def without_window(layer: LayerConfig) -> LayerConfig:
+    return replace(layer, attention=replace(layer.attention, window=None))
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name.startswith(("llama-3.", "llama-yarn", "llama-linear"))])
+def test_scaling_matters_at_these_positions(name: str) -> None:
+    config, tensors = translated(name)
+    plain = replace(config, layers=tuple(map(without_scaling, config.layers)))
+    assert np.abs(logits(plain, tensors) - oracle_logits(name))[ORIGINAL:].max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window"])
+def test_the_window_matters_from_its_length_on(name: str) -> None:
+    config, tensors = translated(name)
+    difference = logits(replace(config, layers=tuple(map(without_window, config.layers))), tensors) - oracle_logits(
+        name
+    )
+    assert np.abs(difference[:WINDOW]).max() <= TOLERANCE
+    assert np.abs(difference[WINDOW:]).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["reference", "torch"])
+@pytest.mark.parametrize("context", [ORIGINAL, 100, TEXT])
+def test_dynamic_scaling_is_that_of_the_executors_context(kind: ExecutorKind, context: int) -> None:
+    """transformers takes the length of the text that it sees in one pass; we the context, whatever the text."""
+    config, tensors = translated("llama-dynamic")
+    assert config.max_context == 8 * ORIGINAL
+    want = oracle_logits("llama-dynamic", context)
+    np.testing.assert_allclose(logits(config, tensors, context, kind=kind), want, rtol=0, atol=TOLERANCE)
+    # a shorter text in the same context turns by the same angles: its logits are the beginning of the longer one's
+    part = logits(config, tensors, ORIGINAL, kind=kind, context=context)
+    np.testing.assert_allclose(part, want[:ORIGINAL], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-3.2", "llama-bias", "mistral", "qwen2-window", "qwen2-yarn"])
+def test_gradients_are_those_of_transformers(name: str) -> None:
+    """Of the loss of two sequences, for every weight."""
+    model = oracle(name)
+    tokens = torch.tensor([text(128), text(128, seed=6)])
+    model.zero_grad()
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    expected = {key: parameter.grad for key, parameter in model.named_parameters()}
+
+    config, tensors = translated(name)
+    weights = load_weights(tensors, device=torch.device("cpu"), dtype=torch.float32)
+    for weight in weights.values():
+        weight.requires_grad_()
+    got = sequence_logits(config, weights, tokens, TorchTables(128, torch.device("cpu")))
+    got_loss = torch.nn.functional.cross_entropy(got[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
+    got_loss.backward()
+    assert abs(got_loss.item() - loss.item()) < 1e-5
+    assert {hf_name(key) for key in weights} == expected.keys()
+    for key, weight in weights.items():
+        want = expected[hf_name(key)]
+        assert want is not None
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    """8 bits of mantissa: an error of some 2^-8 of a logit's magnitude per layer."""
+    config, tensors = translated("llama-3.1")
+    executor = open_executor("torch", config, tensors, context=TEXT, kv="f32", dtype="bfloat16")
+    got, want = executor.step(Batch.single(text())), oracle_logits("llama-3.1")
+    error = np.sqrt(np.mean((got - want) ** 2)) / np.sqrt(np.mean(want**2))
+    assert 1e-4 < error < 0.03

@@ -1,0 +1,134 @@
+"""Tiny random models of every generation, made by transformers: the independent implementation of each mechanism.
+
+Small in size alone: every mechanism of the published models is there, with thresholds low enough that a text of
+TEXT tokens is far beyond them. Weights are drawn so that no part is neutral (transformers starts biases at zero, norms
+at one).
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from dapji.models import families
+from dapji.models.config import ModelConfig
+from dapji.ops.tensor import Tensor
+from dapji.weights.checkpoint import open_checkpoint
+
+transformers.utils.logging.disable_progress_bar()
+
+TEXT = 256
+"""Tokens of the common text; the scalings start at ORIGINAL."""
+ORIGINAL = 32
+WINDOW = 24
+VOCAB = 96
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+_LLAMA, _MISTRAL, _QWEN2 = transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config
+
+
+def _rope(kind: str, theta: float = 10_000.0, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **values}}
+
+
+def _llama3(factor: float) -> dict[str, Any]:
+    return _rope(
+        "llama3",
+        500_000.0,
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=ORIGINAL,
+    )
+
+
+def _yarn(**values: Any) -> dict[str, Any]:
+    return _rope("yarn", **{"factor": 8.0, "original_max_position_embeddings": ORIGINAL, **values})
+
+
+TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "llama-1": (_LLAMA, {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
+    "llama-2": (_LLAMA, {}),
+    "llama-3": (_LLAMA, _rope("default", 500_000.0)),
+    "llama-3.1": (_LLAMA, _llama3(8.0)),
+    "llama-3.2": (_LLAMA, {**_llama3(32.0), "tie_word_embeddings": True}),
+    "smollm2": (
+        _LLAMA,
+        {
+            **_rope("default", 100_000.0),
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "hidden_size": 72,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-head-dim": (_LLAMA, {"head_dim": 24}),
+    "llama-bias": (_LLAMA, {"attention_bias": True, "mlp_bias": True}),
+    "llama-gelu": (_LLAMA, {"hidden_act": "gelu"}),
+    "llama-linear": (_LLAMA, _rope("linear", factor=4.0)),
+    "llama-dynamic": (_LLAMA, {**_rope("dynamic", factor=8.0), "max_position_embeddings": ORIGINAL}),
+    "llama-yarn": (_LLAMA, _yarn()),
+    "llama-yarn-attention-factor": (_LLAMA, _yarn(attention_factor=0.7, beta_fast=16.0, beta_slow=2.0)),
+    "llama-yarn-mscale": (_LLAMA, _yarn(mscale=1.0, mscale_all_dim=0.5, truncate=False)),
+    "mistral": (_MISTRAL, {"sliding_window": WINDOW}),
+    "mistral-nemo": (_MISTRAL, {**_rope("default", 1_000_000.0), "sliding_window": None, "head_dim": 24}),
+    "qwen2": (_QWEN2, {**_rope("default", 1_000_000.0), "tie_word_embeddings": True}),
+    "qwen2-window": (_QWEN2, {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2-yarn": (_QWEN2, _yarn(factor=4.0)),
+}
+
+
+@cache
+def oracle(name: str) -> transformers.PreTrainedModel:
+    config_class, values = TINY[name]
+    config = config_class(**{**_SIZES, **values})
+    config._attn_implementation = "eager"
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
+    return model
+
+
+@cache
+def translated(name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same model as `families` reads it from the folder that transformers writes."""
+    with TemporaryDirectory() as folder:
+        oracle(name).save_pretrained(folder)
+        checkpoint = open_checkpoint(Path(folder))
+        config, tensors = families.from_hf(checkpoint.metadata, checkpoint.tensors)
+        # copied: the folder goes away
+        copies = {key: Tensor.from_float32(tensor.name, tensor.float32().copy()) for key, tensor in tensors.items()}
+    return config, copies
+
+
+def text(length: int = TEXT, seed: int = 5) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+    return ids
+
+
+@cache
+def oracle_logits(name: str, length: int = TEXT) -> NDArray[np.float32]:
+    """[length, VOCAB] of `text(length)` in one pass."""
+    model = deepcopy(oracle(name))  # dynamic scaling there remembers the longest text so far
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(torch.tensor([text(length)]), use_cache=False).logits[0].numpy()
+    return logits
