@@ -107,15 +107,18 @@ def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
     if scaling is None:
         return {"rope_theta": rope.theta, "rope_scaling": None}
     written: dict[str, object] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind in ("linear", "dynamic"):
-        stated = scaling.original_context if scaling.kind == "dynamic" else max_context
-        if longest_context(scaling, stated) != max_context:
+    original = scaling.original_context
+    if scaling.kind == "linear":
+        lengths = {"max_position_embeddings": min(original, max_context), "max_sequence_length": max_context}
+        return {"rope_theta": rope.theta, "rope_scaling": written, **lengths}
+    if scaling.kind == "dynamic":
+        if longest_context(scaling, original) != max_context:
             raise ConfigError(
-                f"config.json: dynamic rope scaling of original_context ({stated}) by factor ({scaling.factor}) does "
+                f"config.json: dynamic rope scaling of original_context ({original}) by factor ({scaling.factor}) does "
                 f"not give max_context ({max_context})"
             )
-        return {"rope_theta": rope.theta, "rope_scaling": written, "max_position_embeddings": stated}
-    written["original_max_position_embeddings"] = scaling.original_context
+        return {"rope_theta": rope.theta, "rope_scaling": written, "max_position_embeddings": original}
+    written["original_max_position_embeddings"] = original
     if scaling.kind == "llama3":
         written["low_freq_factor"] = scaling.low_frequency_factor
         written["high_freq_factor"] = scaling.high_frequency_factor
