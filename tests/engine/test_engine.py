@@ -273,6 +273,30 @@ def test_a_failing_step_ends_its_requests_and_no_other() -> None:
         assert tokens(engine.generate(request(prompt))) == greedy(prompt, 8)
 
 
+def test_a_failing_step_is_raised_by_score() -> None:
+    def on_step() -> None:
+        raise ValueError("broken step")
+
+    with Engine(HashExecutor(on_step=on_step)) as engine, pytest.raises(ValueError, match="broken step"):
+        engine.score([1, 2, 3])
+
+
+def test_whatever_breaks_the_thread_nobody_waits_for_ever() -> None:
+    class Broken(BaseException):
+        pass
+
+    def on_step() -> None:
+        raise Broken
+
+    engine = Engine(HashExecutor(on_step=on_step))
+    with pytest.raises(Broken):
+        next(engine.generate(request([1])))
+    with pytest.raises(UsageError, match="the engine is closed") as caught:
+        engine.generate(request([1]))
+    assert isinstance(caught.value.__cause__, Broken)
+    engine.close()
+
+
 def test_a_failing_stop_callback_ends_its_request_alone(gated: tuple[Engine, Gate]) -> None:
     engine, gate = gated
 
@@ -412,6 +436,19 @@ def test_cancelling_a_task_cancels_its_request() -> None:
 
     with Engine(HashExecutor()) as engine:
         asyncio.run(main())
+
+
+def test_aclose_releases_an_async_reader_that_waits(gated: tuple[Engine, Gate]) -> None:
+    engine, _ = gated
+
+    async def main() -> None:
+        stream = engine.agenerate(request([1, 2]))
+        reader = asyncio.create_task(anext(stream, None))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        assert await reader is None
+
+    asyncio.run(main())
 
 
 def test_errors_reach_async_readers() -> None:
