@@ -121,7 +121,7 @@ def test_what_is_run(executor: Recording, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"n_prompt": 64}, "65 tokens are needed, the context has 64"),
+        ({"n_prompt": 64, "n_decode": 1}, "65 tokens are needed, the context has 64"),
         ({"n_prompt": 8, "n_decode": 32, "depth": 32}, "65 tokens are needed"),
         ({"n_prompt": 0}, "prompt (0) must be at least 1"),
         ({"depth": -1}, "depth (-1) must be at least 0"),
