@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -387,6 +390,21 @@ def test_close_ends_what_runs_and_refuses_what_comes(gated: tuple[Engine, Gate])
     with pytest.raises(UsageError, match="the engine is closed"):
         engine.score([1, 2, 3])
     assert_all_blocks_free(engine)
+
+
+def test_a_program_that_forgets_to_close_ends_between_two_steps() -> None:
+    program = f"""
+import atexit, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from engine_models import HashExecutor
+from dapji.engine import Engine, Request
+engine = Engine(HashExecutor(on_step=lambda: time.sleep(0.01)))
+atexit.register(lambda: print("running" if engine._thread.is_alive() else "ended"))
+stream = engine.generate(Request(prompt=[1], max_tokens=1000))
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 
 
 def test_an_engine_that_never_ran_closes() -> None:

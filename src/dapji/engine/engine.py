@@ -7,6 +7,7 @@ executor. docs/engine.md tells a request's life.
 from __future__ import annotations
 
 import asyncio
+import atexit
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -222,6 +223,7 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+            atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -284,6 +286,7 @@ class Engine:
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="dapji-engine", daemon=True)
                 self._thread.start()
+                atexit.register(self.close)  # the interpreter must not end under a step of native code
             self._scheduler.add(job)
             self._wake.notify()
 
