@@ -31,11 +31,11 @@ def _check_integer(name: str, value: object, low: int, high: int | None = None) 
 class Sampling:
     """How the next token is drawn from the logits. Every default is neutral: the model's own distribution.
 
-    The steps, in this order (that of transformers' generation):
+    The steps, in this order:
 
     1. repetition penalty, frequency and presence penalty, logit bias;
     2. temperature; 0 takes the largest value of step 1 and skips the rest;
-    3. top-k, top-p, min-p, typical-p, each on what the one before left, renormalised.
+    3. top-k, top-p, min-p, typical-p, each on what the one before left, renormalised (transformers' order).
 
     Raises RequestError for a value out of range.
     """
