@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?=
 ARGS ?=
+export PROMPT
 
 .DEFAULT_GOAL := help
 .PHONY: help chat test test-slow lint bench setup setup-dev native clean
@@ -12,7 +13,7 @@ help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 chat: $(VENV)/.installed ## set up, fetch the default model once, chat (PROMPT="..." or a pipe: answer once and exit)
-	@$(BIN)/dapji chat $(ARGS) $(if $(PROMPT),"$(PROMPT)")
+	@$(BIN)/dapji chat $(ARGS) $(if $(PROMPT),-- "$$PROMPT")
 
 test: $(VENV)/.installed-dev lint ## set up, lint, type-check and run the default tests (offline once set up)
 	$(BIN)/dapji pull smollm2-135m
