@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +113,23 @@ class Tokenizer:
             encoder = self._description.continuing_encoder
         return ids
 
-    def split_control(self, text: str) -> list[str | int]:
+    def split_control(self, text: str, where: Callable[[int, int], bool] | None = None) -> list[str | int]:
         """Cut `text` at the spellings of control tokens: plain texts and control ids, as `encode_parts` takes them.
 
-        At every place the longest spelling wins. White space that a control token swallows is gone.
+        where: says of start and end of a spelling whether it counts there; by default each does. At every place the
+        longest spelling wins. White space that a control token swallows is gone.
         """
-        if self._control_pattern is None:
-            return [text] if text else []
         parts: list[str | int] = []
-        start, strip_next = 0, False
-        for match in self._control_pattern.finditer(text):
+        start = at = 0
+        strip_next = False
+        while self._control_pattern is not None and (match := self._control_pattern.search(text, at)):
+            if where is not None and not where(*match.span()):
+                at = match.start() + 1
+                continue
             token = self._description.control[match[0]]
             strip_before, strip_after = self._description.strips.get(token, (False, False))
-            parts.append(_strip(text[start : match.start()], strip_next, strip_before))
-            parts.append(token)
-            start, strip_next = match.end(), strip_after
+            parts += (_strip(text[start : match.start()], strip_next, strip_before), token)
+            start, at, strip_next = match.end(), match.end(), strip_after
         parts.append(_strip(text[start:], strip_next, False))
         return [part for part in parts if part != ""]
 

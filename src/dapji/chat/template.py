@@ -1,0 +1,124 @@
+"""`ChatTemplate`: messages to token ids, by the template that came with the model.
+
+Control tokens stand only where the template's own text has them. Whatever the messages hold stays text, even where it
+spells a control token. Knows no model and no server: a message is a mapping, the result a list of ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dapji.chat.sandbox import TIME_LIMIT, Template
+from dapji.chat.written import Written
+from dapji.errors import TemplateError
+from dapji.tokenizer import Tokenizer
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+"""Roles that may become part of a control token, as in the template text <|{{ message.role }}|>."""
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+class ChatTemplate:
+    """The templates of one model. Compiled on first use. Safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer, sources: Mapping[str, str], *, seconds: float = TIME_LIMIT) -> None:
+        """`sources`: templates by name. `seconds`: processor time that one rendering may take."""
+        self._tokenizer = tokenizer
+        self._sources = dict(sources)
+        self._seconds = seconds
+        self._compiled: dict[str, Template] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
+        """The templates that came with the tokenizer. A model without any is no error before it is asked to chat."""
+        return cls(tokenizer, tokenizer.chat_templates)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sources)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        name: str | None = None,
+        **variables: Any,
+    ) -> Written:
+        """The conversation as text.
+
+        messages: {"role": …, "content": …} and whatever else the template reads; a key whose value is None is left out.
+        tools, documents: passed on as they are, in the form that the template wants (mostly JSON schemas).
+        add_generation_prompt: end with the beginning of an answer.
+        name: which template; by default `tool_use` where there are tools and such a template, else `default`.
+        variables: further values for the template, such as enable_thinking.
+        Raises TemplateError where there is no such template, a value is none of JSON's, or rendering fails.
+        """
+        for reserved in _RESERVED:
+            if reserved in variables:
+                raise TemplateError(f"{reserved!r} is an argument of its own, not a variable")
+        values: dict[str, Any] = {
+            **{key: Written.by_template(text) for key, text in self._tokenizer.special_tokens.items()},
+            **_plain(variables, "variables"),
+            "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
+            "tools": _plain(tools, "tools"),
+            "documents": _plain(documents, "documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._template(name, bool(tools)).render(values)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of the conversation, the BOS included where the model wants one; options as in `render`.
+
+        Raises TemplateError, or TokenizerError for text that is not Unicode.
+        """
+        rendered = self.render(messages, **options)
+        parts = self._tokenizer.split_control(str.__str__(rendered), where=rendered.all_by_template)
+        first = next((part for part in parts if isinstance(part, int)), None)
+        if self._tokenizer.add_bos and self._tokenizer.bos_id is not None and first != self._tokenizer.bos_id:
+            parts.insert(0, self._tokenizer.bos_id)
+        return self._tokenizer.encode_parts(parts)
+
+    def _template(self, name: str | None, with_tools: bool) -> Template:
+        if not self._sources:
+            raise TemplateError(
+                "this model has no chat template, so nothing says how it wants conversations written",
+                hint="use a version that is tuned for chat (mostly called -Instruct or -Chat), or complete plain text",
+            )
+        wanted = name or ("tool_use" if with_tools and "tool_use" in self._sources else "default")
+        if wanted not in self._sources:
+            raise TemplateError(
+                f"this model has no chat template {wanted!r}, it has {', '.join(map(repr, self._sources))}",
+                hint="choose one of them by its name",
+            )
+        if wanted not in self._compiled:
+            self._compiled[wanted] = Template(self._sources[wanted], seconds=self._seconds)
+        return self._compiled[wanted]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise TemplateError(f"{where} is a {type(message).__name__}, expected a mapping with a role and a content")
+    plain = {key: value for key, value in _plain(message, where).items() if value is not None}
+    role = plain.get("role")
+    if not isinstance(role, str):
+        raise TemplateError(f"{where} has no role")
+    if role in ROLES:
+        plain["role"] = Written.by_template(role)
+    return plain
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy in JSON's types and no subclass of them, so that a template sees nothing that has more to offer."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise TemplateError(f"{where} is a {type(value).__name__}; templates take text, numbers, lists and mappings only")
