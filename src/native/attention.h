@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa.h"
 #include "kvcache.h"
 #include "rowops.h"
 

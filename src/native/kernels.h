@@ -7,9 +7,18 @@
 
 namespace dapji {
 
+// What measures the machine's limits; see machine.h.
+struct MachineKernels {
+  /// Reads every byte of [data, data + bytes); bytes a multiple of 512.
+  std::int32_t (*read)(const std::uint8_t* data, std::size_t bytes);
+  /// Integer dot products of the kind that linear_q uses, from registers alone. Returns the operations done.
+  double (*dots)(std::int64_t rounds, std::int32_t* sink);
+};
+
 struct Kernels {
   MatmulKernels matmul;
-  RowKernels rows;  // row_kernels<S>() of attention.h
+  RowKernels rows;
+  MachineKernels machine;
 };
 
 /// The kernels of `isa`, which must be available.

@@ -46,7 +46,11 @@ class KvCache {
 
   int n_blocks() const { return n_blocks_; }
   std::size_t bytes() const { return bytes_; }
+  int n_layers() const { return static_cast<int>(layers_.size()); }
+  int n_kv_heads(int layer) const { return layers_[layer].n_kv_heads; }
   const KvTile& tile(int layer) const { return layers_[layer].tile; }
+  // Bytes from a tile to that of the same head in the next block.
+  std::size_t block_stride(int layer) const { return layers_[layer].tile.bytes * layers_[layer].n_kv_heads; }
 
   std::byte* at(int layer, int block, int head) {
     const Layer& shape = layers_[layer];

@@ -17,8 +17,9 @@ namespace dapji {
 constexpr int kBlock = 32;  // activations that share a scale
 
 /// Activations rounded to int8 in blocks of 32 along K; a view of memory that the caller owns.
-/// scale = max|x| / 127; code = x / scale rounded to nearest even; a block of zeros has scale 0 and codes 0. A block
-/// that holds an infinity or a NaN has that as its scale, so it reaches every output.
+/// scale = max|x| / 127; code = x / scale rounded to nearest even; a block of zeros (or of numbers so small that the scale
+/// would not be a normal float) has scale 0 and codes 0. A block that holds an infinity or a NaN has that as its scale,
+/// so it reaches every output.
 struct Quantized {
   int64_t cols;     // K, a multiple of 32
   int8_t* codes;    // [T, K]

@@ -36,7 +36,7 @@ struct PanelsView {
 /// A packed matrix; owns its memory. Immutable once every panel has been packed.
 class Panels {
  public:
-  /// Allocates zeroed memory, packs nothing. Throws std::invalid_argument unless rows, cols > 0 and cols is a
+  /// Allocates, packs nothing. Throws std::invalid_argument unless rows, cols > 0 and cols is a
   /// multiple of the format's block, std::bad_alloc where memory is short.
   Panels(Format format, int64_t rows, int64_t cols);
   ~Panels();
@@ -53,7 +53,6 @@ class Panels {
  private:
   PanelsView view_;
   uint8_t* memory_;
-  size_t allocated_;
 };
 
 /// Row `row` as float32, the bits that the format's own dequantising gives. out: [cols].

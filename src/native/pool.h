@@ -26,7 +26,7 @@ class Pool {
   // Calls task(worker) once on every worker, worker in [0, size()), and returns when all have returned. `task` must not
   // throw. One run at a time: the owner serialises.
   template <class Task>
-  void run(Task&& task) {
+  void run(Task task) {
     run_erased([](void* erased, unsigned worker) { (*static_cast<Task*>(erased))(worker); }, &task);
   }
 

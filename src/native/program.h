@@ -109,6 +109,7 @@ class Program {
   std::size_t buffer_bytes() const;
   unsigned threads() const { return pool_.size(); }
   Isa isa() const { return isa_; }
+  int context() const { return context_; }
   int vocab() const { return vocab_; }
 
  private:
@@ -153,24 +154,33 @@ class Program {
   struct Worker {
     Scratch matmul, attention, normed, quantized;
   };
-  struct QueryTile {  // consecutive rows of one sequence
+  struct TokenRange {  // consecutive tokens of one sequence
     int sequence, first, n;
   };
+  struct Segments {  // a row's place in partials_, in segments of all kv heads; n == 1: it has none
+    int at, n;
+  };
 
-  const float* row(int buffer, int index) const;
+  float* row(int buffer, int index);
   int width(int buffer) const;
   void check_buffer(int buffer, const char* what) const;
   void check(const BatchView& batch);
   void prepare(const BatchView& batch);
   void run(unsigned worker);
-  bool run(const Embed& op, std::size_t index, unsigned worker);
-  bool run(const Linear& op, std::size_t index, unsigned worker);
-  bool run(const Attend& op, std::size_t index, unsigned worker);
-  bool run(const Select& op, std::size_t index, unsigned worker);
-  void multiply(const Linear& op, const Range& range, const Quantized& quantized, const float* x, std::size_t ldx,
+  void run(const Embed& op, std::size_t index, unsigned worker);
+  void run(const Linear& op, std::size_t index, unsigned worker);
+  void run(const Attend& op, std::size_t index, unsigned worker);
+  void run(const Select& op, std::size_t index, unsigned worker);
+  void multiply(const Linear& op, const Range& range, const Quantized& quantized, const float* x,
                 Worker& mine);
+  KvView kv_view(const Attend& op, int sequence, int head);
   void write_kv(const Attend& op, int sequence, int token, int head, Worker& mine);
-  std::string describe(const Operation& op) const;
+  float* partial(const Segments& segments, int segment, int head, std::size_t size);
+  std::string line(const Embed& op) const;
+  std::string line(const Linear& op) const;
+  std::string line(const Attend& op) const;
+  std::string line(const Select& op) const;
+  static std::string name(const PanelsView& view);
 
   const Isa isa_;
   const Kernels& kernels_;
@@ -180,9 +190,10 @@ class Program {
   std::vector<RopeTable> ropes_;
   std::vector<Operation> operations_;
   std::vector<Worker> workers_;
-  std::int64_t max_cols_ = 0;        // widest quantised input
-  std::int64_t max_float_cols_ = 0;  // widest normed input of float weights
+  std::int64_t max_cols_ = 0;  // widest quantised input
+  std::int64_t max_normed_cols_ = 0;
   std::size_t attention_floats_ = 0;
+  std::size_t partial_floats_ = 0;  // of one segment, all kv heads
   int query_rows_ = 32;  // rows of a query tile
   int window_ = -1;      // how far back any layer looks; 0: to the start
 
@@ -192,10 +203,13 @@ class Program {
   float* logits_ = nullptr;
   int n_rows_ = 0;       // T, after `select` R; equal on all workers, written between barriers
   bool single_ = false;  // every sequence has one token
-  int max_segments_ = 1;
-  std::vector<QueryTile> tiles_;
+  std::vector<TokenRange> tiles_;    // query tiles, at most query_rows_ each
+  std::vector<TokenRange> writes_;   // new tokens by cache block
+  std::vector<Segments> segments_;   // per sequence, where single_
+  int n_partials_ = 0;
   Scratch quantized_, normed_, partials_;
   std::unique_ptr<std::atomic<int>[]> next_;  // per operation (two): next share to take
+  std::size_t n_counters_ = 0;
   std::vector<std::uint64_t> written_;        // per block: step in which it was written last, and by which sequence
   std::vector<int> writer_;
   std::uint64_t n_steps_ = 0;

@@ -13,7 +13,7 @@
 //   F load_f16(p), load_bf16(p)    store_f16(p, F)            sixteen 2-byte floats; rounds to nearest even
 //   F zero(), set(float), add, sub, mul, div, sqrt, fma(a, b, c) = a * b + c
 //   F min(a, b), max(a, b)                     b where either is NaN
-//   float sum(F), max(F)                       over the lanes; sum adds lane i and i + 8, then + 4, + 2, + 1
+//   float sum(F), max(F)                       over the lanes (also int32 max_int(I)); sum adds lane i and i + 8, then + 4, + 2, + 1
 //   F to_float(I)    I to_int(F)               to_int rounds to nearest even
 //   F as_float(I)    I as_int(F)               the same bits
 //   I load_int(p)    store_int(p, I)           64 bytes

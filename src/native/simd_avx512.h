@@ -10,7 +10,7 @@ namespace dapji {
 
 struct Avx512Vnni {
   static constexpr Isa isa = Isa::avx512vnni;
-  static constexpr int rows = 4, tokens = 6;  // 24 accumulators, four vectors of weights; activations from memory
+  static constexpr int rows = 2, tokens = 6;  // twelve sums in int32 and in float32, in 32 registers
   static constexpr bool has_dot = true;
 
   using F = __m512;
@@ -73,6 +73,12 @@ struct Avx512Vnni {
   static DAPJI_INLINE I add_int(I x, I y) { return _mm512_add_epi32(x, y); }
   static DAPJI_INLINE I sub_int(I x, I y) { return _mm512_sub_epi32(x, y); }
   static DAPJI_INLINE I max_int(I x, I y) { return _mm512_max_epi32(x, y); }
+  static DAPJI_INLINE int32_t max_int(I x) {
+    const __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1));
+    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+  }
   static DAPJI_INLINE I and_(I x, I y) { return _mm512_and_si512(x, y); }
   static DAPJI_INLINE I or_(I x, I y) { return _mm512_or_si512(x, y); }
   template <int n>

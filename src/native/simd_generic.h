@@ -10,7 +10,7 @@ namespace dapji {
 
 struct Generic {
   static constexpr Isa isa = Isa::generic;
-  static constexpr int rows = 1, tokens = 4;
+  static constexpr int rows = 1, tokens = 2;
   static constexpr bool has_dot = true;
 
   struct F {
@@ -94,6 +94,12 @@ struct Generic {
   static DAPJI_INLINE I add_int(I a, I b) { DAPJI_LANES(I, wrap(uint32_t(a.v[i]) + uint32_t(b.v[i]))); }
   static DAPJI_INLINE I sub_int(I a, I b) { DAPJI_LANES(I, wrap(uint32_t(a.v[i]) - uint32_t(b.v[i]))); }
   static DAPJI_INLINE I max_int(I a, I b) { DAPJI_LANES(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+  static DAPJI_INLINE int32_t max_int(I a) {
+    for (int n = kLanes / 2; n; n /= 2) {
+      for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
+    }
+    return a.v[0];
+  }
   static DAPJI_INLINE I and_(I a, I b) { DAPJI_LANES(I, a.v[i] & b.v[i]); }
   static DAPJI_INLINE I or_(I a, I b) { DAPJI_LANES(I, a.v[i] | b.v[i]); }
   template <int n>

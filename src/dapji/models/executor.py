@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
+from dapji.ops import native
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.reference import Activations, KvFormat, ReferenceCache, ReferenceOps, ReferenceWeight
 from dapji.ops.rope import RopeTables
@@ -62,7 +63,7 @@ def open_executor(
     """An executor of a model, for sequences of up to `context` tokens.
 
     tensors: by canonical name. n_blocks: default, one sequence of `context`. threads: native only; default, the
-    physical cores. device and dtype: torch only. activations: reference only.
+    processors that this process may use. device and dtype: torch only. activations: reference only.
 
     Raises ConfigError where the context is longer than the model's, UnavailableError where this installation lacks
     the executor.
@@ -86,9 +87,18 @@ def open_executor(
                 raise
             raise UnavailableError("torch is not installed", hint="pip install 'dapji[train]'") from error
         return TorchExecutor(config, tensors, context=context, n_blocks=blocks, kv=kv, device=device, dtype=dtype)
+    if kind == "native":
+        from dapji.models.native_executor import NativeExecutor
+
+        return NativeExecutor(config, tensors, context=context, n_blocks=blocks, threads=threads, kv=kv)
     if kind == "reference":
         return ReferenceExecutor(config, tensors, context=context, n_blocks=blocks, kv=kv, activations=activations)
     raise UsageError(f"unknown executor {kind!r}", hint="one of: reference, torch, native")
+
+
+def default_kind() -> ExecutorKind:
+    """Native where this installation has it, else the reference."""
+    return "native" if native.available() else "reference"
 
 
 def kv_shapes(config: ModelConfig) -> list[tuple[int, int]]:

@@ -1,0 +1,79 @@
+"""The native executor: the decoder recorded once, replayed in C++ at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.errors import ContextError, UsageError
+from dapji.models.config import ModelConfig
+from dapji.models.decoder import decode
+from dapji.models.executor import check_batch, kv_shapes
+from dapji.ops import native
+from dapji.ops.batch import Batch
+from dapji.ops.reference import KvFormat
+from dapji.ops.tensor import Tensor
+
+
+class NativeExecutor:
+    """Weights packed for the processor, computed on `threads` threads outside the GIL.
+
+    Raises UnavailableError where the native core was not built, UsageError where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        context: int,
+        n_blocks: int,
+        threads: int | None = None,
+        kv: KvFormat = "f16",
+    ) -> None:
+        native.module()  # raises where it is missing
+        self.config = config
+        self.context = context
+        self.n_blocks = n_blocks
+        recorder = native.Recorder(context)
+        logits = decode(config, tensors, recorder)
+        try:
+            self._program = native.build(
+                recorder,
+                logits,
+                context=context,
+                kv=kv,
+                kv_shapes=kv_shapes(config),
+                n_blocks=n_blocks,
+                threads=native.default_threads() if threads is None else threads,
+            )
+        except MemoryError:
+            raise UsageError(
+                f"there is not enough memory for the weights and a cache of {n_blocks} blocks",
+                hint="a shorter --context or a smaller quantisation needs less",
+            ) from None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, all blocks."""
+        size: int = self._program.cache_bytes
+        return size
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        check_batch(batch, self.config, self.context, self.n_blocks)
+        logits = np.empty((len(batch.rows), self.config.vocab_size), dtype=np.float32)
+        try:
+            self._program.step(batch.tokens, batch.positions, batch.starts, batch.blocks, batch.rows, logits)
+        except MemoryError:
+            raise ContextError(
+                f"there is not enough memory for a step of {len(batch.tokens)} tokens", hint="use smaller steps"
+            ) from None
+        return logits
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._program.copy_block(source, target)
+
+    def close(self) -> None:
+        del self._program

@@ -1,0 +1,361 @@
+"""The native executor's half in Python: ops that record, and the lowering of what they recorded to a `Program`.
+
+The decoder runs once, at load, over `Recorder`: nothing is computed, each op leaves a node. `build` then fuses the
+nodes into the few operations that src/native/program.h replays at every step. Also the only door to the extension
+module `dapji.ops._native`, which may be missing: everything else asks `available()`. Knows no models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.errors import UnavailableError, UsageError
+from dapji.ops.protocol import Activation
+from dapji.ops.reference import KvFormat
+from dapji.ops.rope import RopeTable, RopeTables
+from dapji.ops.tensor import Tensor
+
+# ---- the extension module ----
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from dapji.ops import _native
+    except ImportError as error:
+        return None, f"the native core is not part of this installation ({error})"
+    return _native, None
+
+
+def available() -> bool:
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str | None:
+    """None where it is available."""
+    return _load()[1]
+
+
+def module() -> Any:
+    """The extension module. Raises UnavailableError where it was not built."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise UnavailableError(
+            reason or "",
+            hint="install a C++17 compiler and then Dapji again, or use --executor reference (slow)",
+        )
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set whose kernels run: the best that this processor has, or what DAPJI_ISA names.
+
+    Raises UnavailableError, and UsageError where DAPJI_ISA names one that is unknown or missing here.
+    """
+    try:
+        name: str = module().choose_isa()
+    except ValueError as error:
+        raise UsageError(f"DAPJI_ISA: {error}") from None
+    return name
+
+
+def isas() -> list[str]:
+    """Every instruction set that this build has kernels for and this processor can run, best last."""
+    names: list[str] = module().available_isas()
+    return names
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` threads together read from memory, measured now (half a second)."""
+    isa()
+    measured: float = module().read_bandwidth(threads)
+    return measured
+
+
+def int8_peak(threads: int) -> float:
+    """Operations per second (a multiplication and an addition are two) of the integer dot product, measured now."""
+    isa()
+    measured: float = module().int8_peak(threads)
+    return measured
+
+
+# ---- recording ----
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Node:
+    """One op of the decoder; `inputs` are those whose results it takes."""
+
+    op: str
+    inputs: tuple[Node, ...] = ()
+    weights: tuple[Tensor, ...] = ()
+    width: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Recorder:
+    """`Ops` whose values are nodes and whose weights are tensors as they lie in the file."""
+
+    def __init__(self, context: int) -> None:
+        self.tables = RopeTables(context)
+        self.nodes: list[Node] = []
+
+    def _add(self, op: str, *inputs: Node, weights: Sequence[Tensor] = (), width: int, **arguments: Any) -> Node:
+        node = Node(op=op, inputs=inputs, weights=tuple(weights), width=width, arguments=arguments)
+        self.nodes.append(node)
+        return node
+
+    def embed(self, weight: Tensor) -> Node:
+        return self._add("embed", weights=[weight], width=weight.cols)
+
+    def norm(self, x: Node, weight: Tensor, eps: float) -> Node:
+        return self._add("norm", x, weights=[weight], width=x.width, eps=eps)
+
+    def linear(self, x: Node, weight: Tensor, bias: Tensor | None = None) -> Node:
+        return self._add("linear", x, weights=[weight] if bias is None else [weight, bias], width=weight.rows)
+
+    def rope(self, x: Node, table: RopeTable, head_dim: int) -> Node:
+        return self._add("rope", x, width=x.width, table=table)
+
+    def attention(
+        self,
+        q: Node,
+        k: Node,
+        v: Node,
+        *,
+        layer: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        scale: float,
+    ) -> Node:
+        return self._add("attention", q, k, v, width=q.width, layer=layer, n_heads=n_heads, window=window, scale=scale)
+
+    def gated(self, gate: Node, up: Node, activation: Activation) -> Node:
+        return self._add("gated", gate, up, width=gate.width, activation=activation)
+
+    def add(self, a: Node, b: Node) -> Node:
+        return self._add("add", a, b, width=a.width)
+
+    def select_rows(self, x: Node) -> Node:
+        return self._add("select_rows", x, width=x.width)
+
+
+# ---- lowering ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Product:
+    node: Node
+    """The linear."""
+    result: Node
+    """Whose value it leaves in its buffer: its own, or that of the add or gate that it is fused with."""
+    kind: str
+    activation: str
+
+
+class _Lowering:
+    """Fuses nodes and gives them buffers.
+
+    norm: into every linear that reads it. add(x, linear): the product is added to x where it lies. gated(linear,
+    linear): the second product multiplies the activation of the first where that lies. rope: into attention, which
+    rotates as it reads. Linears that read one value next to each other become one operation.
+    """
+
+    def __init__(self, nodes: Sequence[Node], output: Node) -> None:
+        self._nodes = nodes
+        self._output = output
+        self._users: dict[Node, list[Node]] = {}
+        for node in nodes:
+            for x in node.inputs:
+                self._users.setdefault(x, []).append(node)
+        self._buffer_of: dict[Node, int] = {}
+        self._free: dict[int, list[int]] = {}
+        self.widths: list[int] = []
+
+    def run(self, emit: Callable[..., None]) -> None:
+        """Calls emit(operation, …) for each operation in order."""
+        pending: list[_Product] = []
+        for node in self._nodes:
+            if pending and not (node.op == "linear" and node.inputs == pending[0].node.inputs):
+                if node.op in ("add", "gated") and any(node is product.result for product in pending):
+                    continue  # fused: computed by the pending products
+                self._flush(pending, emit)
+            if node.op == "linear":
+                pending.append(self._product(node))
+            elif node.op == "embed":
+                emit("embed", node.weights[0], self._take(node))
+            elif node.op == "select_rows":
+                self._alias(node, node.inputs[0])
+                emit("select", [self._buffer(node)])
+            elif node.op == "attention":
+                self._attention(node, emit)
+            else:
+                assert node.op in ("norm", "rope", "add", "gated"), node.op
+        self._flush(pending, emit)
+
+    def _product(self, node: Node) -> _Product:
+        if node is self._output:
+            return _Product(node=node, result=node, kind="store", activation="silu")
+        (user,) = self._users[node]
+        if user.op == "add" and user.inputs[1] is node:
+            return _Product(node=node, result=user, kind="add", activation="silu")
+        if user.op == "gated":
+            kind = "store" if user.inputs[0] is node else "gate"
+            return _Product(node=node, result=user, kind=kind, activation=user.arguments["activation"])
+        assert user.op in ("rope", "attention"), f"a linear read by {user.op} cannot be fused"
+        return _Product(node=node, result=node, kind="store", activation="silu")
+
+    def _flush(self, pending: list[_Product], emit: Callable[..., None]) -> None:
+        if not pending:
+            return
+        (x,) = pending[0].node.inputs
+        norm = x if x.op == "norm" else None
+        source = norm.inputs[0] if norm is not None else x
+        products = []
+        for product in pending:
+            if product.kind == "add":
+                self._alias(product.result, product.result.inputs[0])
+            if product.node is self._output:
+                target = -1
+            elif product.result in self._buffer_of:
+                target = self._buffer(product.result)
+            else:
+                target = self._take(product.result)
+            products.append((product.node.weights, target, product.kind, product.activation))
+        emit("linear", self._buffer(source), norm, products)
+        if norm is None:
+            self._give_back(source)
+        pending.clear()
+
+    def _attention(self, node: Node, emit: Callable[..., None]) -> None:
+        sources, tables = [], []
+        for x in node.inputs:
+            sources.append(x.inputs[0] if x.op == "rope" else x)
+            tables.append(x.arguments["table"] if x.op == "rope" else None)
+        assert tables[0] is tables[1]
+        assert tables[2] is None
+        output = self._take(node)
+        q, k, v = (self._buffer(source) for source in sources)
+        emit("attention", q, k, v, output, tables[0], node.arguments)
+        for source in sources:
+            self._give_back(source)
+
+    def _buffer(self, node: Node) -> int:
+        return self._buffer_of[node]
+
+    def _take(self, node: Node) -> int:
+        free = self._free.setdefault(node.width, [])
+        if not free:
+            free.append(len(self.widths))
+            self.widths.append(node.width)
+        buffer = self._buffer_of[node] = free.pop()
+        return buffer
+
+    def _alias(self, node: Node, of: Node) -> None:
+        """`node` lies where `of` lay; nothing reads `of` any more."""
+        self._buffer_of[node] = self._buffer(of)
+
+    def _give_back(self, node: Node) -> None:
+        self._free[node.width].append(self._buffer(node))
+
+
+def build(
+    recorder: Recorder,
+    output: Node,
+    *,
+    context: int,
+    kv: KvFormat,
+    kv_shapes: Sequence[tuple[int, int]],
+    n_blocks: int,
+    threads: int,
+) -> Any:
+    """The `Program` (src/native/program.h) of what `recorder` recorded, ending in `output`, the logits.
+
+    Packs every matrix; the tensors' memory is not needed afterwards. kv_shapes: (K, Dh) of each layer.
+    """
+    native = module()
+    operations: list[tuple[Any, ...]] = []
+    lowering = _Lowering(recorder.nodes, output)
+    lowering.run(lambda *operation: operations.append(operation))
+    panels = _pack(recorder.nodes, threads)
+    program = native.Program(
+        isa=isa(),
+        threads=threads,
+        context=context,
+        vocab=output.width,
+        kv=kv,
+        layers=list(kv_shapes),
+        n_blocks=n_blocks,
+        widths=lowering.widths,
+    )
+    ropes: dict[int, int] = {}
+
+    def rope(table: RopeTable | None) -> int:
+        if table is None:
+            return -1
+        if id(table) not in ropes:
+            ropes[id(table)] = program.add_rope(_floats(table.cos), _floats(table.sin))
+        return ropes[id(table)]
+
+    for name, *operands in operations:
+        if name == "embed":
+            weight, buffer = operands
+            program.add_embed(panels[weight], buffer)
+        elif name == "linear":
+            source, norm, products = operands
+            program.add_linear(
+                source,
+                None if norm is None else _vector(norm.weights[0]),
+                0.0 if norm is None else norm.arguments["eps"],
+                [
+                    (panels[weights[0]], _vector(weights[1]) if len(weights) > 1 else None, *rest)
+                    for weights, *rest in products
+                ],
+            )
+        elif name == "attention":
+            q, k, v, buffer, table, arguments = operands
+            program.add_attention(
+                q, k, v, buffer, arguments["layer"], arguments["n_heads"], arguments["window"] or 0, rope(table),
+                arguments["scale"],
+            )  # fmt: skip
+        else:
+            program.add_select(*operands)
+    return program
+
+
+def _pack(nodes: Sequence[Node], threads: int) -> dict[Tensor, Any]:
+    """Every matrix once. The compiled code releases the GIL."""
+    native = module()
+    matrices = list(dict.fromkeys(node.weights[0] for node in nodes if node.op in ("embed", "linear")))
+
+    def pack(tensor: Tensor) -> Any:
+        return native.pack(tensor.format.name, tensor.rows, tensor.cols, tensor.data)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(matrices, pool.map(pack, matrices), strict=True))
+
+
+def _vector(tensor: Tensor) -> NDArray[np.float32]:
+    return _floats(tensor.float32().ravel())
+
+
+def _floats(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,0 +1,208 @@
+// The extension module dapji.ops._native: thin, one function per method; dapji.ops.native is what Python code uses.
+// std::invalid_argument becomes ValueError, std::bad_alloc MemoryError. The GIL is released wherever work is done.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "isa.h"
+#include "machine.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace dapji {
+namespace {
+
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using IntMatrix = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Result = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+std::vector<float> copied(const Floats& values) { return {values.data(), values.data() + values.size()}; }
+
+KvFormat parse_kv(const std::string& name) {
+  if (name == "f32") return KvFormat::f32;
+  if (name == "f16") return KvFormat::f16;
+  if (name == "q8") return KvFormat::q8;
+  throw std::invalid_argument("unknown KV cache format " + name);
+}
+
+Activation parse_activation(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw std::invalid_argument("unknown activation " + name);
+}
+
+Epilogue::Kind parse_kind(const std::string& name) {
+  if (name == "store") return Epilogue::Kind::store;
+  if (name == "add") return Epilogue::Kind::add;
+  if (name == "gate") return Epilogue::Kind::gate;
+  throw std::invalid_argument("unknown kind of product " + name);
+}
+
+std::shared_ptr<Panels> pack(const std::string& format, std::int64_t rows, std::int64_t cols, const Bytes& data) {
+  const Format parsed = parse_format(format.c_str());
+  const FormatInfo& info = format_info(parsed);
+  if (cols % info.block == 0 && (static_cast<std::int64_t>(data.shape(0)) != rows ||
+                                 static_cast<std::int64_t>(data.shape(1)) != cols / info.block * info.block_bytes)) {
+    throw std::invalid_argument("the data is not " + std::to_string(rows) + " x " + std::to_string(cols) + " of " +
+                                info.name);
+  }
+  const std::uint8_t* const bytes = data.data();
+  const nb::gil_scoped_release release;
+  auto panels = std::make_shared<Panels>(parsed, rows, cols);
+  panels->pack(bytes, 0, panels->view().n_panels);
+  return panels;
+}
+
+// (panels, bias, output, kind, activation)
+using ProductTuple =
+    std::tuple<std::shared_ptr<Panels>, std::optional<Floats>, int, std::string, std::string>;
+
+void add_linear(Program& program, int input, const std::optional<Floats>& norm, float eps,
+                const std::vector<ProductTuple>& products) {
+  std::vector<Product> converted;
+  for (const auto& [panels, bias, output, kind, activation] : products) {
+    converted.push_back({panels, bias ? copied(*bias) : std::vector<float>{}, output, parse_kind(kind),
+                         parse_activation(activation)});
+  }
+  std::optional<Norm> normed;
+  if (norm) normed = Norm{copied(*norm), eps};
+  program.add_linear(input, std::move(normed), std::move(converted));
+}
+
+void step(Program& program, const Ints& tokens, const Ints& positions, const Ints& starts, const IntMatrix& blocks,
+          const Ints& rows, const Result& logits) {
+  BatchView batch{};
+  batch.tokens = tokens.data();
+  batch.positions = positions.data();
+  batch.starts = starts.data();
+  batch.blocks = blocks.data();
+  batch.rows = rows.data();
+  batch.n_tokens = static_cast<int>(tokens.size());
+  batch.n_sequences = static_cast<int>(starts.size()) - 1;
+  batch.n_columns = static_cast<int>(blocks.shape(1));
+  batch.n_rows = static_cast<int>(rows.size());
+  if (positions.size() != tokens.size() || static_cast<std::int64_t>(blocks.shape(0)) != batch.n_sequences ||
+      logits.shape(0) != rows.size() || static_cast<int>(logits.shape(1)) != program.vocab()) {
+    throw std::invalid_argument("the arrays of the batch do not fit each other");
+  }
+  float* const out = logits.data();
+  const nb::gil_scoped_release release;
+  program.step(batch, out);
+}
+
+// y = x W^T by the kernels of one instruction set, on the calling thread, for tests of the kernels alone.
+void linear(const std::string& isa, const Panels& panels, const FloatMatrix& x, const Result& y) {
+  const PanelsView& w = panels.view();
+  const auto tokens = static_cast<std::int64_t>(x.shape(0));
+  if (static_cast<std::int64_t>(x.shape(1)) != w.cols || static_cast<std::int64_t>(y.shape(0)) != tokens ||
+      static_cast<std::int64_t>(y.shape(1)) != w.rows) {
+    throw std::invalid_argument("shapes do not fit");
+  }
+  const MatmulKernels& kernel = kernels(parse_isa(isa.c_str())).matmul;
+  const auto ldx = static_cast<std::size_t>(w.cols), ldy = static_cast<std::size_t>(w.rows);
+  const float* const from = x.data();
+  float* const to = y.data();
+  const nb::gil_scoped_release release;
+  if (is_float(w.format)) {
+    kernel.linear_f(w, from, ldx, tokens, 0, w.n_panels, to, ldy, {});
+    return;
+  }
+  Scratch memory, scratch;
+  memory.reserve(Quantized::bytes(tokens, w.cols) / sizeof(float));
+  scratch.reserve(kScratchBytes / sizeof(float));
+  const Quantized quantized = Quantized::in(memory.data(), tokens, w.cols);
+  kernel.quantize(from, ldx, 0, tokens, quantized);
+  kernel.linear_q(w, quantized, tokens, 0, w.n_panels, to, ldy, {}, scratch.data());
+}
+
+}  // namespace
+}  // namespace dapji
+
+NB_MODULE(_native, m) {
+  using namespace dapji;
+  m.doc() = "The native core; see dapji.ops.native.";
+
+  m.def("choose_isa", [] { return std::string(isa_name(choose_isa())); });
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < kIsas; ++i) {
+      if (isa_available(static_cast<Isa>(i))) names.emplace_back(isa_name(static_cast<Isa>(i)));
+    }
+    return names;
+  });
+  m.def(
+      "read_bandwidth", [](unsigned threads) { return read_bandwidth(choose_isa(), threads); }, "threads"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "int8_peak", [](unsigned threads) { return int8_peak(choose_isa(), threads); }, "threads"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Panels>(m, "Panels")
+      .def_prop_ro("nbytes", &Panels::nbytes)
+      .def_prop_ro("shape",
+                   [](const Panels& panels) { return std::make_tuple(panels.view().rows, panels.view().cols); })
+      .def(
+          "dequantize_row",
+          [](const Panels& panels, std::int64_t row, nb::ndarray<float, nb::ndim<1>, nb::c_contig> out) {
+            if (row < 0 || row >= panels.view().rows || static_cast<std::int64_t>(out.size()) != panels.view().cols) {
+              throw std::invalid_argument("no such row, or no room for it");
+            }
+            dequantize_row(panels.view(), row, out.data());
+          },
+          "row"_a, "out"_a);
+  m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a);
+  m.def("linear", &linear, "isa"_a, "panels"_a, "x"_a, "y"_a);
+
+  nb::class_<Program>(m, "Program")
+      .def(
+          "__init__",
+          [](Program* self, const std::string& isa, int threads, int context, int vocab, const std::string& kv,
+             const std::vector<std::pair<int, int>>& layers, int n_blocks, const std::vector<int>& widths) {
+            std::vector<KvShape> shapes;
+            for (const auto& [n_kv_heads, head_dim] : layers) shapes.push_back({n_kv_heads, head_dim});
+            new (self)
+                Program(parse_isa(isa.c_str()), threads, context, vocab, parse_kv(kv), shapes, n_blocks, widths);
+          },
+          "isa"_a, "threads"_a, "context"_a, "vocab"_a, "kv"_a, "layers"_a, "n_blocks"_a, "widths"_a)
+      .def_ro_static("LOGITS", &Program::kLogits)
+      .def("add_embed", [](Program& program, std::shared_ptr<Panels> table,
+                           int output) { program.add_embed(std::move(table), output); })
+      .def("add_linear", &add_linear, "input"_a, "norm"_a.none(), "eps"_a, "products"_a)
+      .def(
+          "add_rope",
+          [](Program& program, const FloatMatrix& cos, const FloatMatrix& sin) {
+            if (cos.shape(0) != sin.shape(0) || cos.shape(1) != sin.shape(1) ||
+                static_cast<int>(cos.shape(0)) < program.context()) {
+              throw std::invalid_argument("the rope table does not fit");
+            }
+            return program.add_rope(cos.data(), sin.data(), static_cast<int>(cos.shape(1)) * 2);
+          },
+          "cos"_a, "sin"_a)
+      .def("add_attention", &Program::add_attention, "q"_a, "k"_a, "v"_a, "output"_a, "layer"_a, "n_heads"_a,
+           "window"_a, "rope"_a, "scale"_a)
+      .def("add_select", &Program::add_select, "buffers"_a)
+      .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a, "logits"_a)
+      .def("copy_block", &Program::copy_block, "source"_a, "target"_a)
+      .def("describe", &Program::describe)
+      .def("profile", &Program::profile, "on"_a)
+      .def("times", &Program::times)
+      .def_prop_ro("cache_bytes", &Program::cache_bytes)
+      .def_prop_ro("buffer_bytes", &Program::buffer_bytes)
+      .def_prop_ro("threads", &Program::threads);
+}

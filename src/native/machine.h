@@ -1,0 +1,16 @@
+// The limits of this machine, measured: what kernels are compared with.
+#pragma once
+
+#include "isa.h"
+
+namespace dapji {
+
+/// Bytes per second that `threads` threads together read from memory, the best of a few runs over 256 MiB. Takes about
+/// half a second. Throws std::bad_alloc, std::system_error.
+double read_bandwidth(Isa isa, unsigned threads);
+
+/// Integer operations per second (a multiplication and an addition are two) of `threads` threads in the dot product of
+/// `isa`, the best of a few runs. Takes about a quarter of a second. Throws std::system_error.
+double int8_peak(Isa isa, unsigned threads);
+
+}  // namespace dapji

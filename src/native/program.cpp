@@ -1,0 +1,505 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace dapji {
+namespace {
+
+constexpr int kFewRows = 8;           // up to so many rows, every worker norms and rounds the input for itself
+constexpr int kMaxQueryTile = 32;     // rows of a query tile at most
+constexpr int kSharesPerWorker = 12;  // of a linear operation on many rows, taken in turn
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
+
+void Scratch::reserve(std::size_t n_floats) {
+  if (n_floats <= size_) return;
+  data_ = nullptr;
+  memory_.reset();  // first, so that old and new memory never lie side by side
+  size_ = 0;
+  memory_.reset(new float[n_floats + 16]);
+  void* start = memory_.get();
+  std::size_t space = (n_floats + 16) * sizeof(float);
+  data_ = static_cast<float*>(std::align(64, n_floats * sizeof(float), start, space));
+  size_ = n_floats;
+}
+
+// ---- building ----
+
+Program::Program(Isa isa, int threads, int context, int vocab, KvFormat kv, const std::vector<KvShape>& layers,
+                 int n_blocks, const std::vector<int>& widths)
+    : isa_(isa),
+      kernels_(kernels(isa)),
+      context_(context),
+      vocab_(vocab),
+      cache_(kv, layers, n_blocks),
+      pool_(threads < 1 ? throw std::invalid_argument("threads must be at least 1") : static_cast<unsigned>(threads)) {
+  if (context < 1 || vocab < 1) refuse("context and vocab must be at least 1");
+  for (const int width : widths) {
+    if (width < 1) refuse("a buffer's width must be at least 1");
+    buffers_.push_back({width, {}});
+  }
+  workers_.resize(pool_.size());
+  for (Worker& worker : workers_) worker.matmul.reserve(kScratchBytes / sizeof(float));
+  written_.assign(n_blocks, 0);
+  writer_.assign(n_blocks, 0);
+}
+
+int Program::width(int buffer) const { return buffer == kLogits ? vocab_ : buffers_[buffer].width; }
+
+void Program::check_buffer(int buffer, const char* what) const {
+  if (buffer < 0 || buffer >= static_cast<int>(buffers_.size())) {
+    refuse(std::string(what) + ": no buffer " + std::to_string(buffer));
+  }
+}
+
+void Program::add_embed(std::shared_ptr<const Panels> table, int output) {
+  check_buffer(output, "embed");
+  const PanelsView& view = table->view();
+  if (view.rows < vocab_ || view.cols != width(output)) refuse("embed: the table does not fit");
+  operations_.emplace_back(Embed{std::move(table), output});
+}
+
+void Program::add_linear(int input, std::optional<Norm> norm, std::vector<Product> products) {
+  check_buffer(input, "linear");
+  if (products.empty()) refuse("linear: no products");
+  Linear op{};
+  op.input = input;
+  op.cols = width(input);
+  if (norm && static_cast<std::int64_t>(norm->weight.size()) != op.cols) refuse("linear: the norm does not fit");
+  op.gated = products.size() == 2 && products[1].kind == Epilogue::Kind::gate;
+  for (const Product& product : products) {
+    const PanelsView& view = product.panels->view();
+    if (product.output != kLogits) check_buffer(product.output, "linear");
+    if (product.output == input) refuse("linear: in place");
+    if (view.cols != op.cols || view.rows != width(product.output)) refuse("linear: a matrix does not fit");
+    if (!product.bias.empty() && static_cast<std::int64_t>(product.bias.size()) != view.rows) {
+      refuse("linear: a bias does not fit");
+    }
+    if (product.kind == Epilogue::Kind::gate && !(op.gated && product.output == products[0].output)) {
+      refuse("linear: a gate wants a product before it, of the same output");
+    }
+    (is_float(view.format) ? op.floating : op.quantized) = true;
+  }
+  op.norm = std::move(norm);
+  op.products = std::move(products);
+  if (op.quantized) max_cols_ = std::max(max_cols_, op.cols);
+  if (op.norm) max_normed_cols_ = std::max(max_normed_cols_, op.cols);
+
+  // The two products of a gate are done together, panel by panel: the second reads what the first has stored.
+  struct Part {
+    int product;
+    std::int64_t panels;
+    std::size_t bytes;  // of one panel
+  };
+  std::vector<Part> parts;
+  std::size_t total = 0;
+  for (int i = 0; i < static_cast<int>(op.products.size()); i += op.gated ? 2 : 1) {
+    std::size_t bytes = op.products[i].panels->view().panel_bytes;
+    if (op.gated) bytes += op.products[i + 1].panels->view().panel_bytes;
+    parts.push_back({i, op.products[i].panels->view().n_panels, bytes});
+    total += bytes * static_cast<std::size_t>(parts.back().panels);
+  }
+  const std::size_t n_workers = pool_.size();
+  op.fair.resize(n_workers);
+  std::size_t before = 0;  // bytes of the parts so far
+  for (const Part& part : parts) {
+    std::int64_t from = 0;
+    for (std::size_t worker = 0; worker < n_workers && from < part.panels; ++worker) {
+      const std::size_t end = total / n_workers * (worker + 1);
+      std::int64_t to = part.panels;
+      if (worker + 1 < n_workers) {
+        to = end <= before ? 0 : std::min<std::int64_t>(part.panels, (end - before + part.bytes / 2) / part.bytes);
+      }
+      if (to > from) op.fair[worker].push_back({part.product, from, to});
+      from = std::max(from, to);
+    }
+    before += part.bytes * static_cast<std::size_t>(part.panels);
+  }
+  const std::size_t share = total / (n_workers * kSharesPerWorker) + 1;
+  for (const Part& part : parts) {
+    const std::int64_t step = std::max<std::int64_t>(4, static_cast<std::int64_t>(share / part.bytes) / 4 * 4);
+    for (std::int64_t from = 0; from < part.panels; from += step) {
+      op.chunks.push_back({part.product, from, std::min(part.panels, from + step)});
+    }
+  }
+  operations_.emplace_back(std::move(op));
+}
+
+int Program::add_rope(const float* cos, const float* sin, int dim) {
+  const std::size_t size = static_cast<std::size_t>(context_) * (dim / 2);
+  ropes_.push_back({{cos, cos + size}, {sin, sin + size}, dim});
+  return static_cast<int>(ropes_.size()) - 1;
+}
+
+void Program::add_attention(int q, int k, int v, int output, int layer, int n_heads, int window, int rope,
+                            float scale) {
+  for (const int buffer : {q, k, v, output}) check_buffer(buffer, "attention");
+  if (layer < 0 || layer >= cache_.n_layers()) refuse("attention: no layer " + std::to_string(layer));
+  const KvTile& tile = cache_.tile(layer);
+  const int n_kv_heads = cache_.n_kv_heads(layer);
+  if (n_heads < 1 || n_heads % n_kv_heads || n_heads / n_kv_heads > kMaxQueryRows) {
+    refuse("attention: " + std::to_string(n_heads) + " heads over " + std::to_string(n_kv_heads) + " kv heads");
+  }
+  if (width(q) != n_heads * tile.head_dim || width(output) != width(q) || width(k) != n_kv_heads * tile.head_dim ||
+      width(v) != width(k)) {
+    refuse("attention: a buffer does not fit");
+  }
+  if (rope < -1 || rope >= static_cast<int>(ropes_.size()) || (rope >= 0 && ropes_[rope].dim > tile.head_dim)) {
+    refuse("attention: no rope table " + std::to_string(rope));
+  }
+  attention_floats_ =
+      std::max(attention_floats_, attention_scratch_floats(tile.head_dim, tile.padded) + round_up(tile.padded, 16));
+  for (Worker& worker : workers_) worker.attention.reserve(attention_floats_);
+  query_rows_ = std::min({query_rows_, kMaxQueryTile, kMaxQueryRows / (n_heads / n_kv_heads)});
+  window_ = window == 0 || window_ == 0 ? 0 : std::max(window_, window);
+  partial_floats_ = std::max(partial_floats_, static_cast<std::size_t>(n_kv_heads) *
+                                                  attention_partial_floats(n_heads / n_kv_heads, tile.padded));
+  operations_.emplace_back(
+      Attend{q, k, v, output, layer, n_heads, n_kv_heads, tile.head_dim, window, rope, scale});
+}
+
+void Program::add_select(std::vector<int> buffers) {
+  for (const int buffer : buffers) check_buffer(buffer, "select");
+  operations_.emplace_back(Select{std::move(buffers)});
+}
+
+// ---- running ----
+
+void Program::check(const BatchView& batch) {
+  const auto at = [](const char* what, int index) { return std::string(what) + "[" + std::to_string(index) + "]"; };
+  if (batch.n_tokens < 1 || batch.n_sequences < 1) refuse("an empty batch");
+  if (batch.starts[0] != 0 || batch.starts[batch.n_sequences] != batch.n_tokens) refuse("starts do not span the tokens");
+  for (int i = 0; i < batch.n_tokens; ++i) {
+    if (batch.tokens[i] < 0 || batch.tokens[i] >= vocab_) refuse(at("tokens", i) + " is outside the vocabulary");
+    if (batch.positions[i] < 0 || batch.positions[i] >= context_) refuse(at("positions", i) + " is outside the context");
+  }
+  for (int i = 0; i < batch.n_rows; ++i) {
+    if (batch.rows[i] < 0 || batch.rows[i] >= batch.n_tokens || (i > 0 && batch.rows[i] <= batch.rows[i - 1])) {
+      refuse(at("rows", i) + " must rise within the tokens");
+    }
+  }
+  ++n_steps_;
+  for (int s = 0; s < batch.n_sequences; ++s) {
+    const int first = batch.starts[s], end = batch.starts[s + 1];
+    if (end <= first) refuse("sequence " + std::to_string(s) + " has no tokens");
+    for (int i = first + 1; i < end; ++i) {
+      if (batch.positions[i] != batch.positions[i - 1] + 1) refuse(at("positions", i) + " does not follow");
+    }
+    const int oldest = window_ <= 0 ? 0 : std::max(0, batch.positions[first] - window_ + 1);
+    const int last = batch.positions[end - 1] / kKvBlock;
+    if (last >= batch.n_columns) refuse("sequence " + std::to_string(s) + " lacks blocks");
+    for (int column = oldest / kKvBlock; column <= last; ++column) {
+      const std::int32_t block = batch.blocks[static_cast<std::size_t>(s) * batch.n_columns + column];
+      if (block < 0 || block >= cache_.n_blocks()) refuse("sequence " + std::to_string(s) + " has a block outside the cache");
+      if (column < batch.positions[first] / kKvBlock) continue;
+      if (written_[block] == n_steps_ && writer_[block] != s) refuse("two sequences write one block");
+      written_[block] = n_steps_;
+      writer_[block] = s;
+    }
+  }
+}
+
+void Program::prepare(const BatchView& batch) {
+  const std::size_t n = batch.n_tokens;
+  for (Buffer& buffer : buffers_) buffer.memory.reserve(n * buffer.width);
+  quantized_.reserve(Quantized::bytes(batch.n_tokens, max_cols_) / sizeof(float));
+  normed_.reserve(n * max_normed_cols_);
+  for (Worker& worker : workers_) {
+    worker.quantized.reserve(Quantized::bytes(kFewRows, max_cols_) / sizeof(float));
+    worker.normed.reserve(static_cast<std::size_t>(kFewRows * max_normed_cols_));
+  }
+  if (n_counters_ != operations_.size()) {
+    n_counters_ = operations_.size();
+    next_.reset(new std::atomic<int>[2 * n_counters_]);
+    times_.assign(n_counters_, 0);
+  }
+  for (std::size_t i = 0; i < 2 * n_counters_; ++i) next_[i].store(0, std::memory_order_relaxed);
+
+  single_ = batch.n_tokens == batch.n_sequences;
+  tiles_.clear();
+  writes_.clear();
+  segments_.clear();
+  n_partials_ = 0;
+  for (int s = 0; s < batch.n_sequences; ++s) {
+    const int first = batch.starts[s], end = batch.starts[s + 1];
+    if (single_) {
+      // A single row is split over its segments where that gives every worker something to do.
+      const int last = batch.positions[first] / kKvSegment;
+      const int n_segments = pool_.size() > 1 ? last + 1 : 1;
+      segments_.push_back({n_partials_, n_segments});
+      n_partials_ += n_segments > 1 ? n_segments : 0;
+    }
+    for (int i = first; i < end; i += query_rows_) tiles_.push_back({s, i, std::min(query_rows_, end - i)});
+    // The tokens of a block stay together: the first one clears the block for the others.
+    for (int i = first, n; i < end; i += n) {
+      n = std::min(end - i, kKvBlock - batch.positions[i] % kKvBlock);
+      writes_.push_back({s, i, n});
+    }
+  }
+  partials_.reserve(static_cast<std::size_t>(n_partials_) * partial_floats_);
+}
+
+void Program::step(const BatchView& batch, float* logits) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check(batch);
+  prepare(batch);
+  batch_ = batch;
+  logits_ = logits;
+  n_rows_ = batch.n_tokens;
+  pool_.run([this](unsigned worker) { run(worker); });
+}
+
+void Program::copy_block(int source, int target) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const int block : {source, target}) {
+    if (block < 0 || block >= cache_.n_blocks()) refuse("no block " + std::to_string(block));
+  }
+  if (source != target) cache_.copy_block(source, target);
+}
+
+void Program::run(unsigned worker) {
+  auto before = std::chrono::steady_clock::now();
+  for (std::size_t i = 0; i < operations_.size(); ++i) {
+    std::visit([&](const auto& op) { run(op, i, worker); }, operations_[i]);
+    pool_.barrier();
+    if (profiling_ && worker == 0) {
+      const auto now = std::chrono::steady_clock::now();
+      times_[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();
+      before = now;
+    }
+  }
+}
+
+float* Program::row(int buffer, int index) {
+  return buffers_[buffer].memory.data() + static_cast<std::size_t>(index) * buffers_[buffer].width;
+}
+
+void Program::run(const Embed& op, std::size_t, unsigned worker) {
+  for (int i = static_cast<int>(worker); i < batch_.n_tokens; i += static_cast<int>(pool_.size())) {
+    dequantize_row(op.table->view(), batch_.tokens[i], row(op.output, i));
+  }
+}
+
+void Program::run(const Linear& op, std::size_t index, unsigned worker) {
+  const int n = n_rows_;
+  if (n == 0) return;
+  Worker& mine = workers_[worker];
+  const bool few = n <= kFewRows;
+  const float* x = row(op.input, 0);
+  const std::size_t cols = static_cast<std::size_t>(op.cols);
+  float* const normed = few ? mine.normed.data() : normed_.data();
+  const Quantized quantized =
+      Quantized::in(few ? mine.quantized.data() : quantized_.data(), few ? kFewRows : n, op.cols);
+  const auto prepare_rows = [&](int from, int to) {
+    for (int i = from; op.norm && i < to; ++i) {
+      kernels_.rows.norm(x + i * cols, op.norm->weight.data(), op.norm->eps, op.cols, normed + i * cols);
+    }
+    if (op.quantized) kernels_.matmul.quantize(op.norm ? normed : x, cols, from, to, quantized);
+  };
+
+  if (few) {
+    prepare_rows(0, n);
+    for (const Range& range : op.fair[worker]) multiply(op, range, quantized, op.norm ? normed : x, mine);
+    return;
+  }
+  constexpr int kTogether = 16;
+  if (op.norm || op.quantized) {
+    for (int from; (from = next_[2 * index].fetch_add(kTogether, std::memory_order_relaxed)) < n;) {
+      prepare_rows(from, std::min(n, from + kTogether));
+    }
+    pool_.barrier();
+  }
+  const int n_chunks = static_cast<int>(op.chunks.size());
+  for (int i; (i = next_[2 * index + 1].fetch_add(1, std::memory_order_relaxed)) < n_chunks;) {
+    multiply(op, op.chunks[i], quantized, op.norm ? normed : x, mine);
+  }
+}
+
+void Program::multiply(const Linear& op, const Range& range, const Quantized& quantized, const float* x, Worker& mine) {
+  for (int i = range.product; i <= range.product + (op.gated ? 1 : 0); ++i) {
+    const Product& product = op.products[i];
+    const PanelsView& w = product.panels->view();
+    const Epilogue epilogue{product.kind, product.activation, product.bias.empty() ? nullptr : product.bias.data()};
+    float* const y = product.output == kLogits ? logits_ : row(product.output, 0);
+    const std::size_t ldy = static_cast<std::size_t>(width(product.output));
+    if (is_float(w.format)) {
+      kernels_.matmul.linear_f(w, x, static_cast<std::size_t>(op.cols), n_rows_, range.from, range.to, y, ldy, epilogue);
+    } else {
+      kernels_.matmul.linear_q(w, quantized, n_rows_, range.from, range.to, y, ldy, epilogue, mine.matmul.data());
+    }
+  }
+}
+
+KvView Program::kv_view(const Attend& op, int sequence, int head) {
+  return {&cache_.tile(op.layer), cache_.at(op.layer, 0, head), cache_.block_stride(op.layer),
+          batch_.blocks + static_cast<std::size_t>(sequence) * batch_.n_columns};
+}
+
+void Program::write_kv(const Attend& op, int sequence, int token, int head, Worker& mine) {
+  const KvView kv = kv_view(op, sequence, head);
+  const int position = batch_.positions[token];
+  const RopeTable* const rope = op.rope < 0 ? nullptr : &ropes_[op.rope];
+  const std::size_t angles = rope == nullptr ? 0 : static_cast<std::size_t>(position) * (rope->dim / 2);
+  const std::size_t at = static_cast<std::size_t>(head) * op.head_dim;
+  std::byte* const data =
+      kv.head + static_cast<std::size_t>(kv.table[position / kKvBlock]) * kv.block_stride;
+  kernels_.rows.write_kv(*kv.tile, data, position % kKvBlock, row(op.k, token) + at, row(op.v, token) + at,
+                         rope == nullptr ? nullptr : rope->cos.data() + angles,
+                         rope == nullptr ? nullptr : rope->sin.data() + angles, rope == nullptr ? 0 : rope->dim,
+                         mine.attention.data());
+}
+
+void Program::run(const Attend& op, std::size_t index, unsigned worker) {
+  Worker& mine = workers_[worker];
+  const int group = op.n_heads / op.n_kv_heads;
+  const RopeTable* const rope = op.rope < 0 ? nullptr : &ropes_[op.rope];
+  const auto item = [&](int sequence, int first, int n, int head) {
+    AttentionItem result{};
+    const std::size_t at = static_cast<std::size_t>(head) * group * op.head_dim;
+    result.kv = kv_view(op, sequence, head);
+    result.q = row(op.q, first) + at;
+    result.stride = static_cast<std::size_t>(width(op.q));
+    result.out = row(op.output, first) + at;
+    result.cos = rope == nullptr ? nullptr : rope->cos.data();
+    result.sin = rope == nullptr ? nullptr : rope->sin.data();
+    result.rope_dim = rope == nullptr ? 0 : rope->dim;
+    result.n_rows = n;
+    result.group = group;
+    result.position = batch_.positions[first];
+    result.window = op.window;
+    result.scale = op.scale;
+    return result;
+  };
+
+  if (!single_) {
+    for (std::size_t i = worker; i < writes_.size(); i += pool_.size()) {
+      const TokenRange& write = writes_[i];
+      for (int token = write.first; token < write.first + write.n; ++token) {
+        for (int head = 0; head < op.n_kv_heads; ++head) write_kv(op, write.sequence, token, head, mine);
+      }
+    }
+    pool_.barrier();
+    const int n_items = static_cast<int>(tiles_.size()) * op.n_kv_heads;
+    // From the end: the last tiles of a prompt see most keys, and the longest work should begin first.
+    for (int i; (i = next_[2 * index].fetch_add(1, std::memory_order_relaxed)) < n_items;) {
+      const TokenRange& tile = tiles_[tiles_.size() - 1 - static_cast<std::size_t>(i / op.n_kv_heads)];
+      kernels_.rows.attend(item(tile.sequence, tile.first, tile.n, i % op.n_kv_heads), mine.attention.data());
+    }
+    return;
+  }
+
+  const KvTile& tile = cache_.tile(op.layer);
+  const std::size_t size = attention_partial_floats(group, tile.padded);
+  const auto first_of = [&](int sequence) { return first_segment(batch_.positions[sequence], op.window); };
+  // A sequence's row is one token: who computes the segment that holds it writes it first.
+  for (int sequence = 0, work = 0; sequence < batch_.n_sequences; ++sequence) {
+    const Segments& segments = segments_[sequence];
+    const int last = batch_.positions[sequence] / kKvSegment;
+    const int first = segments.n > 1 ? first_of(sequence) : last;
+    for (int head = 0; head < op.n_kv_heads; ++head) {
+      for (int segment = first; segment <= last; ++segment, ++work) {
+        if (work % static_cast<int>(pool_.size()) != static_cast<int>(worker)) continue;
+        if (segment == last) write_kv(op, sequence, sequence, head, mine);
+        AttentionItem one = item(sequence, sequence, 1, head);
+        if (first != last) {
+          one.out = nullptr;
+          one.segment = segment;
+          one.partial = partial(segments, segment, head, size);
+        }
+        kernels_.rows.attend(one, mine.attention.data());
+      }
+    }
+  }
+  if (n_partials_ == 0) return;
+  pool_.barrier();
+  for (int sequence = 0, work = 0; sequence < batch_.n_sequences; ++sequence) {
+    const Segments& segments = segments_[sequence];
+    const int last = batch_.positions[sequence] / kKvSegment;
+    if (segments.n == 1 || first_of(sequence) == last) continue;
+    for (int head = 0; head < op.n_kv_heads; ++head, ++work) {
+      if (work % static_cast<int>(pool_.size()) != static_cast<int>(worker)) continue;
+      kernels_.rows.combine(partial(segments, first_of(sequence), head, size), last - first_of(sequence) + 1, group, tile,
+                            row(op.output, sequence) + static_cast<std::size_t>(head) * group * op.head_dim,
+                            mine.attention.data());
+    }
+  }
+}
+
+// Of one kv head, segments lie side by side, as `combine` wants them.
+float* Program::partial(const Segments& segments, int segment, int head, std::size_t size) {
+  return partials_.data() + static_cast<std::size_t>(segments.at) * partial_floats_ +
+         (static_cast<std::size_t>(head) * segments.n + segment) * size;
+}
+
+void Program::run(const Select& op, std::size_t, unsigned worker) {
+  if (worker != 0) return;
+  if (batch_.n_rows != batch_.n_tokens) {
+    for (const int buffer : op.buffers) {
+      const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(width(buffer));
+      for (int i = 0; i < batch_.n_rows; ++i) {
+        if (batch_.rows[i] != i) std::memcpy(row(buffer, i), row(buffer, batch_.rows[i]), bytes);
+      }
+    }
+  }
+  n_rows_ = batch_.n_rows;
+}
+
+// ---- inspection ----
+
+void Program::profile(bool on) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  profiling_ = on;
+  times_.assign(operations_.size(), 0);
+}
+
+std::vector<std::string> Program::describe() const {
+  std::vector<std::string> lines;
+  for (const Operation& op : operations_) {
+    lines.push_back(std::visit([this](const auto& one) { return line(one); }, op));
+  }
+  return lines;
+}
+
+std::string Program::line(const Embed& op) const { return "embed " + name(op.table->view()); }
+
+std::string Program::line(const Linear& op) const {
+  std::string text = op.norm ? "norm, linear" : "linear";
+  for (const Product& product : op.products) {
+    text += " " + name(product.panels->view());
+    if (product.kind == Epilogue::Kind::add) text += " (added)";
+    if (product.kind == Epilogue::Kind::gate) text += " (gated)";
+  }
+  return text;
+}
+
+std::string Program::line(const Attend& op) const {
+  return "attention of layer " + std::to_string(op.layer) + ", " + std::to_string(op.n_heads) + " heads over " +
+         std::to_string(op.n_kv_heads) + " of " + std::to_string(op.head_dim) +
+         (op.window == 0 ? "" : ", window " + std::to_string(op.window));
+}
+
+std::string Program::line(const Select&) const { return "select rows"; }
+
+std::string Program::name(const PanelsView& view) {
+  return std::string(format_info(view.format).name) + " " + std::to_string(view.rows) + "x" + std::to_string(view.cols);
+}
+
+std::size_t Program::buffer_bytes() const {
+  std::size_t bytes = quantized_.bytes() + normed_.bytes() + partials_.bytes();
+  for (const Buffer& buffer : buffers_) bytes += buffer.memory.bytes();
+  for (const Worker& worker : workers_) {
+    bytes += worker.matmul.bytes() + worker.attention.bytes() + worker.normed.bytes() + worker.quantized.bytes();
+  }
+  return bytes;
+}
+
+}  // namespace dapji
