@@ -1,5 +1,5 @@
 """What the engine's tests run on: a fake executor whose logits hash the history that it finds in its cache, and a tiny
-random model on the reference executor."""
+random model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
-from dapji.models.executor import ReferenceExecutor
+from dapji.models.executor import Executor, ExecutorKind, open_executor
 from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.formats import FORMATS
+from dapji.ops.reference import KvFormat
 from dapji.ops.rope import RopeConfig
 from dapji.ops.tensor import Tensor
 
@@ -92,20 +94,35 @@ class Gate:
 
 def tiny_config(*, window: int | None = None) -> ModelConfig:
     attention = AttentionConfig(
-        n_heads=4, n_kv_heads=2, head_dim=8, rope=RopeConfig(dim=8, theta=10000.0), window=window
+        n_heads=4, n_kv_heads=2, head_dim=16, rope=RopeConfig(dim=16, theta=10000.0), window=window
     )
-    layer = LayerConfig(attention=attention, feed_forward=FeedForwardConfig(hidden_dim=48))
+    layer = LayerConfig(attention=attention, feed_forward=FeedForwardConfig(hidden_dim=96))
     return ModelConfig(
-        family="llama", dim=32, vocab_size=64, max_context=512, norm_eps=1e-5, layers=(layer, layer), tied_head=False
+        family="llama", dim=64, vocab_size=64, max_context=512, norm_eps=1e-5, layers=(layer, layer), tied_head=False
     )
 
 
-def tiny_executor(*, n_blocks: int = 32, context: int = 512, window: int | None = None) -> ReferenceExecutor:
-    """Weights large enough that the distribution is far from uniform and every token of the context matters."""
+def tiny_executor(
+    kind: ExecutorKind = "reference",
+    *,
+    quantized: bool = False,
+    kv: KvFormat = "f16",
+    n_blocks: int = 32,
+    window: int | None = None,
+) -> Executor:
+    """Weights large enough that the distribution is far from uniform and every token of the context matters.
+
+    quantized: the matrices as Q8_0 (per 32 values a float16 scale and 32 int8 codes), else float32.
+    """
     config = tiny_config(window=window)
     rng = np.random.default_rng(7)
-    tensors = {
-        name: Tensor.from_float32(name, 0.4 * rng.standard_normal(shape, dtype=np.float32))
-        for name, shape in weight_shapes(config).items()
-    }
-    return ReferenceExecutor(config, tensors, context=context, n_blocks=n_blocks)
+    tensors = {}
+    for name, shape in weight_shapes(config).items():
+        values = 0.3 * rng.standard_normal(shape, dtype=np.float32)
+        tensors[name] = Tensor.from_float32(name, values)
+        if quantized and len(shape) == 2:
+            codes = np.rint(values * 100).clip(-127, 127).astype(np.int8).reshape(shape[0], -1, 32)
+            scales = np.full((*codes.shape[:2], 1), 0.01, dtype=np.float16)
+            data = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], axis=-1).reshape(shape[0], -1)
+            tensors[name] = Tensor(name=name, format=FORMATS["Q8_0"], shape=shape, data=data)
+    return open_executor(kind, config, tensors, context=512, n_blocks=n_blocks, kv=kv)
