@@ -1,0 +1,129 @@
+"""Greedy text of a real model, the same on every executor, token for token.
+
+SmolLM2-135M with its weights dequantised to float32, so that every executor multiplies the same numbers. Where an
+executor prefers another token, its two best logits must be a tie, and the place is listed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dapji.models import families
+from dapji.models.config import ModelConfig
+from dapji.models.executor import Executor, ExecutorKind, open_executor
+from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.tensor import Tensor
+from dapji.tokenizer import Tokenizer
+from dapji.weights import store
+from dapji.weights.checkpoint import open_checkpoint
+
+MODEL = "smollm2-135m"
+KINDS: list[ExecutorKind] = ["reference", "torch"]
+TIE = 1e-4
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived a",
+    "def fibonacci(n):\n    ",
+    "Dear Ms. Kim,\n\nThank you for your letter of",
+    "Q: Why is the sky blue?\nA:",
+    "The three most important things about baking bread are",
+    "In 1969, two astronauts",
+    "To be, or not to be:",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "A cat and a dog walk into a bar. The cat says",
+    "대한민국의 수도는",
+    "옛날 옛적에 깊은 산속에",
+    "안녕하세요? 저는",
+    "하늘이 파란 이유는",
+    "맛있는 김치찌개를 끓이려면 먼저",
+    "서울에서 부산까지 기차로",
+    "오늘 날씨가 아주 좋아서",
+    "세종대왕은 한글을",
+    "다음 문장을 영어로 번역하세요: 나는 학교에 갑니다.",
+    "답지(Dapji)는 열린 언어 모델을 위한",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[ModelConfig, dict[str, Tensor], list[list[int]]]:
+    """Configuration, float32 weights, the prompts as tokens."""
+    checkpoint = open_checkpoint(store.resolve(MODEL))
+    config, tensors = families.from_gguf(checkpoint.metadata, checkpoint.tensors)
+    floats = {name: Tensor.from_float32(name, tensor.float32()) for name, tensor in tensors.items()}
+    tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+    return config, floats, [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+
+def decode(
+    executor: Executor, prompts: list[list[int]], n_tokens: int, follow: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The token of the highest logit [prompts, n_tokens], and how far it lies above the second.
+
+    All prompts in one step, then a token of each per step. What is fed back is that choice, or `follow`: then every
+    place is compared, also those after a tie.
+    """
+    width = executor.n_blocks // len(prompts)
+    blocks = np.arange(len(prompts) * width, dtype=np.int32).reshape(-1, width)
+    chosen = np.zeros((len(prompts), n_tokens), dtype=np.int64)
+    margins = np.zeros((len(prompts), n_tokens), dtype=np.float32)
+    pieces = prompts
+    pasts = np.zeros(len(prompts), dtype=np.int64)
+    for i in range(n_tokens):
+        starts = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
+        batch = Batch(
+            tokens=np.concatenate(pieces).astype(np.int32),
+            positions=np.concatenate(
+                [past + np.arange(len(piece)) for past, piece in zip(pasts, pieces, strict=True)]
+            ).astype(np.int32),
+            starts=starts,
+            blocks=blocks,
+            rows=starts[1:] - 1,
+        )
+        logits = executor.step(batch)
+        best = np.sort(np.partition(logits, -2, axis=1)[:, -2:], axis=1)
+        chosen[:, i], margins[:, i] = logits.argmax(axis=1), best[:, 1] - best[:, 0]
+        pasts += [len(piece) for piece in pieces]
+        pieces = [[token] for token in (chosen if follow is None else follow)[:, i].tolist()]
+    return chosen, margins
+
+
+def check(
+    model: tuple[ModelConfig, dict[str, Tensor], list[list[int]]],
+    which: list[int],
+    n_tokens: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, tensors, all_prompts = model
+    prompts = [all_prompts[i] for i in which]
+    context = max(map(len, prompts)) + n_tokens
+    n_blocks = len(prompts) * -(-context // KV_BLOCK)
+    text: NDArray[np.int64] | None = None
+    for kind in reversed(KINDS):
+        executor = open_executor(kind, config, tensors, context=context, n_blocks=n_blocks, kv="f32")
+        chosen, margins = decode(executor, prompts, n_tokens, follow=text)
+        executor.close()
+        text = chosen if text is None else text
+        assert np.unique(text).size > n_tokens // 2  # a text, not one token again and again
+        for prompt, place in np.argwhere(chosen != text):
+            margin = margins[prompt, place]
+            with capsys.disabled():
+                print(f"\n{kind}: a tie of {margin:.1e} at token {place} after {PROMPTS[which[prompt]]!r}")
+            assert margin <= TIE
+
+
+def test_two_short_texts(
+    model: tuple[ModelConfig, dict[str, Tensor], list[list[int]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An English and a Korean one."""
+    check(model, [1, 11], 24, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_texts_of_200_tokens(
+    model: tuple[ModelConfig, dict[str, Tensor], list[list[int]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(model, list(range(len(PROMPTS))), 200, capsys)
