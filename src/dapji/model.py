@@ -18,7 +18,8 @@ from dapji.engine import Engine, Finish, Logprobs, Request, Sampling, StopString
 from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
 from dapji.models.config import ModelConfig
-from dapji.models.executor import Executor, ExecutorKind, KvFormat, default_kind, open_executor
+from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
+from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Detokenizer, Tokenizer
 from dapji.weights import store
