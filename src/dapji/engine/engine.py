@@ -6,7 +6,6 @@ executor. docs/engine.md tells a request's life.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -77,6 +76,8 @@ class AsyncStream(AsyncIterator[Output]):
     _ended = True  # as in Stream
 
     def __init__(self, engine: Engine, start: Callable[[Callable[[object], None]], Job]) -> None:
+        import asyncio  # takes 20 ms, which a chat in the terminal can do without
+
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[object] = asyncio.Queue()
 
