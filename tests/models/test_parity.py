@@ -16,7 +16,7 @@ from dapji.ops.tensor import Tensor
 from dapji.ops.torch import TorchTables
 
 TOLERANCE = 1e-4
-"""Absolute, on logits of magnitude 10 to 20: the order of float32 sums, no more."""
+"""Absolute, on logits up to 5 (3e-5 is what occurs): the order of float32 sums, no more."""
 
 
 def logits(
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
         want = expected[hf_name(key)]
         assert want is not None
         assert weight.grad is not None
-        torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=5e-6)  # of gradients up to 0.2; 8e-7 occurs
 
 
 def test_bfloat16_is_near_float32() -> None:

@@ -104,7 +104,7 @@ def oracle(name: str) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
+            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.15)
     return model
 
 
