@@ -44,6 +44,13 @@ HF_IGNORABLE = (
     "eos_token_id",
     "pad_token_id",
     "unk_token_id",
+    "tokenizer_class",
+    # generation, in files from before generation_config.json
+    "do_sample",
+    "max_length",
+    "temperature",
+    "top_k",
+    "top_p",
     # flags of converters
     "is_llama_config",
     "is_decoder",
