@@ -6,13 +6,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from dapji.ops.formats import FORMATS
 from dapji.ops.tensor import Tensor
+from random_weights import HALVES_AT
 
 ODD_HALVES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x3C00, 0x7C00, 0xFC00, 0x7E00], dtype="<u2")
 """Zeros, denormals, the largest numbers, infinities, NaN."""
-HALVES_AT = {
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-    "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
-}  # fmt: skip
 
 
 def assert_same_bits(got: np.ndarray, wanted: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -30,10 +31,9 @@ from dapji.ops.tensor import Tensor
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from dapji.ops import _native
+        return import_module("dapji.ops._native"), None
     except ImportError as error:
         return None, f"the native core is not part of this installation ({error})"
-    return _native, None
 
 
 def available() -> bool:
