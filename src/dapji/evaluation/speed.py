@@ -15,7 +15,7 @@ from dapji.engine import Engine, Finish, Request, Sampling
 from dapji.errors import UsageError
 from dapji.evaluation.machine import Limits, measure_limits
 from dapji.models.config import ModelConfig
-from dapji.models.executor import KvFormat
+from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8": 1 + 4 / 32}
