@@ -10,6 +10,7 @@ refused before. Knows neither messages nor tokens.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 import threading
@@ -30,20 +31,25 @@ from jinja2.visitor import NodeTransformer
 from dapji.chat.written import Written, joined
 from dapji.errors import TemplateError
 
-MAX_SOURCE = 1 << 18
+MAX_SOURCE = 1 << 17
 """Characters of a template; published ones have up to 30,000."""
 TIME_LIMIT = 2.0
-"""Seconds of the rendering thread's own processor time; published templates take milliseconds."""
+"""Seconds of the rendering thread's own processor time, for a short conversation; usual are milliseconds."""
+_SIZE_PER_SECOND = 100_000
+"""Characters and elements of the input for which there is a second more: some templates are quadratic in messages."""
 _BASE_SIZE, _SIZE_FACTOR, _TOTAL_FACTOR = 1 << 20, 8, 64
 """One value may have 2^20 characters and elements plus 8 for each of the input's, all values together 64 times that."""
-_MAX_WIDTH = 1000
+_MAX_SMALL = 1000
 _MAX_INT_BITS = 4096
 
 _REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 """No chat template wants them, and each can be made to take very long in one step."""
 _REMOVED_METHODS = frozenset({"encode", "expandtabs", "format_map", "to_bytes", "translate"})
-_WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill"})
-_WIDTH_FILTERS = {"batch": "linecount", "center": "width", "indent": "width", "round": "precision", "slice": "slices"}
+_SMALL_METHODS = frozenset({"center", "ljust", "lstrip", "rjust", "rstrip", "strip", "zfill"})
+_SMALL_FILTERS = {
+    "batch": "linecount", "center": "width", "indent": "width", "round": "precision", "slice": "slices", "trim": "chars",
+}  # fmt: skip
+"""Methods and filters whose first argument sets how much work they are: a width, a count, characters to strip."""
 _INTERNAL_ARGUMENTS = ("_loop_vars", "_block_vars")
 """What jinja2's code passes along with every call in a loop or a block."""
 _COUNTED = "count turns"
@@ -64,12 +70,12 @@ class _Budget:
     def __init__(self, input_size: int, seconds: float) -> None:
         self.max_size = _BASE_SIZE + _SIZE_FACTOR * input_size
         self.left = _TOTAL_FACTOR * self.max_size
-        self.seconds = seconds
-        self.deadline = time.thread_time() + seconds
+        self.seconds = seconds + input_size / _SIZE_PER_SECOND
+        self.deadline = time.thread_time() + self.seconds
 
     def step(self) -> None:
         if time.thread_time() > self.deadline:
-            raise _Exceeded(f"it took longer than {self.seconds:g} s")
+            raise _Exceeded(f"it took longer than {self.seconds:.3g} s")
 
     def spend(self, size: int) -> None:
         if size > self.max_size:
@@ -133,6 +139,8 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
+    _check_small(format)
+    _check_format(format)
     return datetime.datetime.now().strftime(format)
 
 
@@ -144,13 +152,13 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own one escapes for HTML; this is the signature that transformers offers."""
-    _check_width(indent)
+    _check_small(indent)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _check_width(value: Any) -> None:
-    if (isinstance(value, int) and abs(value) > _MAX_WIDTH) or (isinstance(value, str) and len(value) > _MAX_WIDTH):
-        raise _Exceeded(f"it asked for a width of more than {_MAX_WIDTH}")
+def _check_small(value: Any) -> None:
+    if (isinstance(value, int) and abs(value) > _MAX_SMALL) or (isinstance(value, str) and len(value) > _MAX_SMALL):
+        raise _Exceeded(f"it asked for a width or count of more than {_MAX_SMALL}")
 
 
 def _check_format(text: str) -> None:
@@ -167,15 +175,22 @@ class _Formatter(jinja2.sandbox.SandboxedFormatter):
         return super().format_field(value, format_spec)
 
     def write(self, text: Written, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Written:
+        return self._write(text, args, kwargs, itertools.count())
+
+    def _write(
+        self, text: Written, args: Sequence[Any], kwargs: Mapping[str, Any], automatic: Iterator[int]
+    ) -> Written:
+        """`automatic` numbers the fields that have neither number nor name, those inside a format_spec included."""
+        by_template = text.all_by_template(0, len(text))
         pieces: list[str] = []
-        automatic = iter(range(len(args) + 1))
         for literal, field, spec, conversion in self.parse(text):
-            pieces.append(Written.by_template(literal) if text.all_by_template(0, len(text)) else literal)
-            if field is not None:
-                name = f"{next(automatic)}{field}" if not field or field[0] in ".[" else field
-                value = self.convert_field(self.get_field(name, args, kwargs)[0], conversion)
-                spec = self.vformat(spec or "", args, kwargs)
-                pieces.append(value if isinstance(value, str) and not spec else self.format_field(value, spec))
+            pieces.append(Written.by_template(literal) if by_template else literal)
+            if field is None:
+                continue
+            name = f"{next(automatic)}{field}" if not field or field[0] in ".[" else field
+            value = self.convert_field(self.get_field(name, args, kwargs)[0], conversion)
+            spec = self._write(Written(spec or ""), args, kwargs, automatic)
+            pieces.append(value if isinstance(value, str) and not spec else self.format_field(value, spec))
         return joined(pieces)
 
 
@@ -324,12 +339,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.budget.step()
-        self.budget.check(args)
-        self.budget.check(tuple(value for key, value in kwargs.items() if key not in _INTERNAL_ARGUMENTS))
+        given = [*args, *(value for key, value in kwargs.items() if key not in _INTERNAL_ARGUMENTS)]
+        containers = [value for value in given if isinstance(value, list | tuple | dict)]
+        if len(containers) > 1:  # a macro's varargs and a cycler's items hold them all
+            self.budget.check(containers)
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", None)
         if isinstance(owner, str):
-            if name in _WIDTH_METHODS:
-                _check_width(args[0] if args else None)
+            if name in _SMALL_METHODS:
+                _check_small(args[0] if args else None)
             elif name == "replace":
                 self._check_replace(owner, *args, **kwargs)
             elif name == "join" and args:
@@ -338,7 +355,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.budget.check(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return attr not in _REMOVED_METHODS and super().is_safe_attribute(obj, attr, value)
+        if attr in _REMOVED_METHODS or (isinstance(obj, Written) and not hasattr(str, attr)):
+            return False
+        return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:
@@ -352,9 +371,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # Filters.
 
     def _count_turns(self, values: Iterable[Any]) -> Iterator[Any]:
+        made_on_the_way = isinstance(values, Iterator)  # as by the filter batch
         for value in values:
             self.budget.step()
-            yield value
+            yield self.budget.check(value) if made_on_the_way else value
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The filter with a look at what goes in and what comes out."""
@@ -367,10 +387,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name == "join" and isinstance(value, Iterator):
                 value = _listed(value, self.budget)
                 args = (*args[:marked], value, *options)
-            self.budget.check(value)
-            self.budget.check(options)
-            if name in _WIDTH_FILTERS:
-                _check_width(options[0] if options else kwargs.get(_WIDTH_FILTERS[name]))
+            if name in _SMALL_FILTERS:
+                _check_small(options[0] if options else kwargs.get(_SMALL_FILTERS[name]))
             elif name == "replace":
                 self._check_replace(str(value), *options, **kwargs)
             elif name == "join":

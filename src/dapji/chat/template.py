@@ -60,6 +60,8 @@ class ChatTemplate:
         for reserved in _RESERVED:
             if reserved in variables:
                 raise TemplateError(f"{reserved!r} is an argument of its own, not a variable")
+        if not messages:
+            raise TemplateError("a conversation needs at least one message")
         values: dict[str, Any] = {
             **{key: Written.by_template(text) for key, text in self._tokenizer.special_tokens.items()},
             **_plain(variables, "variables"),

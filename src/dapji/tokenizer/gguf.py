@@ -185,7 +185,12 @@ def _bpe(vocabulary: dict[str, int], merges: list[str], **options: bool) -> toke
     # The space that parts a pair is the first one after the first character: where a space is a token's own first
     # character, byte-level BPE writes it as another letter, but a raw one may begin a pair of gemma4.
     cuts = [merge.find(" ", 1) for merge in merges]
+    if -1 in cuts:
+        raise TokenizerError(f"tokenizer.ggml.merges[{cuts.index(-1)}] is no pair: {merges[cuts.index(-1)]!r}")
     pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
+    for left, right in pairs:  # the library panics, which is no Exception, where a union is missing
+        if left + right not in vocabulary:
+            raise TokenizerError(f"tokenizer.ggml.merges joins {left!r} and {right!r}, but the union is no token")
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, **options))
     except Exception as error:  # the library raises bare Exception

@@ -1,0 +1,64 @@
+"""A tokenizer that knows every control token of every published template, in our reading and in transformers'."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tokenizers
+from conversations import published
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dapji.chat import ChatTemplate
+from dapji.tokenizer import Tokenizer
+
+_CONTROL = re.compile(
+    r"<\|[\w/ .:-]{1,40}\|>|<｜[^｜\s]{1,40}｜>|<\|?\w+\|>|</?s>"
+    r"|\[/?[A-Z_]{3,30}\]|<(?:start|end)_of_\w+>|<[a-z]{2,8}:\w+>"
+)
+"""What control tokens look like: <|im_end|>, <｜User｜>, [INST], </s>, <end_of_turn>, <seed:bos>, <turn|>."""
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    ours: Tokenizer
+    theirs: PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def templates() -> dict[str, str]:
+    return published()
+
+
+@pytest.fixture(scope="session")
+def both(templates: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
+    """Byte-level, without merges: what matters here is where control tokens are and that all text arrives."""
+    control = {match[0] for source in templates.values() for match in _CONTROL.finditer(source)}
+    control |= {*NAMES.values(), "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"}  # <|' + role + '|>
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(spelling, normalized=False) for spelling in sorted(control)])
+    folder = tmp_path_factory.mktemp("every-control-token")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES)
+    theirs.save_pretrained(folder)
+    assert len(control) > 150
+    return Tokenizers(Tokenizer.from_folder(folder), theirs)
+
+
+@pytest.fixture(scope="session")
+def compiled(templates: dict[str, str], both: Tokenizers) -> dict[str, ChatTemplate]:
+    return {name: ChatTemplate(both.ours, {"default": source}) for name, source in templates.items()}
+
+
+@pytest.fixture
+def add_bos(both: Tokenizers, tmp_path: Path) -> Tokenizer:
+    """The same tokenizer for a model that wants its sequences to begin with <s>."""
+    both.theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    return Tokenizer.from_folder(tmp_path)
