@@ -10,7 +10,7 @@ namespace dapji {
 double read_bandwidth(Isa isa, unsigned threads);
 
 /// Integer operations per second (a multiplication and an addition are two) of `threads` threads in the dot product of
-/// `isa`, the best of a few runs. Takes about a quarter of a second. Throws std::system_error.
+/// `isa`, the best of many short runs. Takes about 50 ms. Throws std::system_error.
 double int8_peak(Isa isa, unsigned threads);
 
 }  // namespace dapji
