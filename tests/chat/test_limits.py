@@ -36,7 +36,8 @@ ENDLESS = [
     "{% for i in range(60) %}{{ g(n.s, n.s) }}{% endfor %}{{ n.s }}",
     "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% for b in [n.s] | batch(2, n.s) %}{% set n.s = b %}"
     "{% endfor %}{% endfor %}{{ n.s }}",
-    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = cycler(n.s, [n.s]).items %}{% endfor %}{{ n.s }}",
+    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = cycler(n.s, [n.s]).items %}{% endfor %}"
+    "{{ n.s }}",
     "{{ ('x' * 900000).strip('a' * 900000 ~ 'x') }}",
     "{{ ('x' * 900000) | trim('a' * 900000 ~ 'x') }}",
     "{{ 'a' | center(10000000000) }}",

@@ -47,7 +47,8 @@ _REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _REMOVED_METHODS = frozenset({"encode", "expandtabs", "format_map", "to_bytes", "translate"})
 _SMALL_METHODS = frozenset({"center", "ljust", "lstrip", "rjust", "rstrip", "strip", "zfill"})
 _SMALL_FILTERS = {
-    "batch": "linecount", "center": "width", "indent": "width", "round": "precision", "slice": "slices", "trim": "chars",
+    "batch": "linecount", "center": "width", "indent": "width", "round": "precision", "slice": "slices",
+    "trim": "chars",
 }  # fmt: skip
 """Methods and filters whose first argument sets how much work they are: a width, a count, characters to strip."""
 _INTERNAL_ARGUMENTS = ("_loop_vars", "_block_vars")
