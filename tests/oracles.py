@@ -45,7 +45,7 @@ def fetch() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         temporary = Path(name)
-        archive = _download(temporary)
+        archive = download(temporary)
         extracted = temporary / "models"
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -62,8 +62,8 @@ def fetch() -> Path:
     return folder
 
 
-def _download(folder: Path) -> Path:
-    """The archive, checked. pip honours the user's index and certificates; the hash makes any index good enough."""
+def download(folder: Path) -> Path:
+    """Put the archive into `folder`, checked. pip honours the user's index and certificates; the hash makes any index good enough."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     command += ["--no-deps", "--no-build-isolation", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}"]
     subprocess.run(command, check=True)
