@@ -1,0 +1,259 @@
+"""Converting a whole model: to a GGUF file in another scheme, or to a folder in the Hugging Face layout.
+
+Tensors are read, converted and written one after the other, in pieces, so that memory does not depend on the model's
+size. What is written appears at its place when it is whole. Sits above the formats and `models.families`, which
+translate names, rows and configurations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.errors import FormatError, UsageError
+from dapji.models import families
+from dapji.ops.formats import FORMATS, Bytes, Format
+from dapji.ops.tensor import Tensor
+from dapji.weights import vocabulary
+from dapji.weights.checkpoint import Checkpoint
+from dapji.weights.files import TensorToWrite
+from dapji.weights.gguf import Encoded, Metadata, Value, write_gguf
+from dapji.weights.quantize import quantize
+from dapji.weights.safetensors import INDEX_NAME, write_shards
+from dapji.weights.schemes import SCHEMES, choose_formats
+from dapji.weights.sources_base import model_files
+
+FLOATS = ("F32", "F16", "BF16")
+"""Formats that lose nothing when they are quantised, and those that a Hugging Face folder holds."""
+
+_CHUNK_VALUES = 1 << 16
+"""Values converted at a time by one thread: its scratch arrays stay in the second-level cache."""
+MAX_SHARD_BYTES = 5_000_000_000
+"""What transformers' save_pretrained used for long; tools expect files of about this size."""
+
+Floats64 = NDArray[np.float64]
+Advance = Callable[[int], object]
+"""Called with the number of bytes of the source that are done since the last call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedTensor:
+    name: str
+    source: Format
+    target: Format
+    values: int
+    error: float | None
+    """Root mean square of the differences over the root mean square of the values; None: not measured."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a conversion did, tensor by tensor."""
+
+    tensors: list[ConvertedTensor] = field(default_factory=list)
+
+    @property
+    def values(self) -> int:
+        return sum(tensor.values for tensor in self.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(_nbytes(tensor.values, tensor.source) for tensor in self.tensors)
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(_nbytes(tensor.values, tensor.target) for tensor in self.tensors)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Bytes of each format in the result, largest first."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.target.name] += _nbytes(tensor.values, tensor.target)
+        return dict(sizes.most_common())
+
+
+def _nbytes(values: int, format: Format) -> int:
+    return values // format.block * format.block_bytes
+
+
+def write_quantized(
+    source: Checkpoint,
+    target: Path,
+    scheme: str,
+    *,
+    allow_requantize: bool = False,
+    measure: bool = False,
+    threads: int | None = None,
+    advance: Advance = lambda n_bytes: None,
+) -> Report:
+    """Write `source` as a GGUF file in a scheme (a name of SCHEMES); an existing file is replaced when all is done.
+
+    The metadata of a GGUF file is kept; for a folder it is made from config.json and the tokenizer's files. Tensors
+    that have their format already are copied; others that are quantised already lose accuracy twice, which is refused
+    unless `allow_requantize`. `measure`: also compute each tensor's error.
+    Raises UsageError, FormatError, ConfigError, TokenizerError.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(f"unknown type {scheme!r}", hint=f"one of {', '.join(SCHEMES)}")
+    metadata, tensors = gguf_contents(source)
+    formats = choose_formats(tensors, SCHEMES[scheme])
+    if not allow_requantize:
+        _refuse_requantizing(tensors, formats)
+    written = {**metadata, "general.file_type": SCHEMES[scheme].file_type, "general.quantization_version": 2}
+    report = Report()
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        write_gguf(target, written, _to_write(tensors, formats, pool, report, measure, advance))
+    return report
+
+
+def gguf_contents(source: Checkpoint) -> tuple[dict[str, Value | Encoded], Mapping[str, Tensor]]:
+    """Metadata and tensors as a GGUF file holds them. Raises ConfigError, TokenizerError, FormatError."""
+    if isinstance(source.metadata, Metadata):
+        metadata = source.metadata
+        return {key: metadata.encoded(key) for key in metadata if not key.startswith("split.")}, source.tensors
+    config, tensors = families.from_hf(source.metadata, source.tensors)
+    architecture, named = families.to_gguf(config, tensors)
+    general = {"general.type": "model", "general.name": source.path.resolve().name}
+    tokenizer = vocabulary.gguf_metadata(source.path, n_tokens=config.vocab_size)
+    return cast("dict[str, Value | Encoded]", architecture | general | tokenizer), named
+
+
+def write_folder(
+    source: Checkpoint,
+    target: Path,
+    dtype: str,
+    *,
+    measure: bool = False,
+    threads: int | None = None,
+    advance: Advance = lambda n_bytes: None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Report:
+    """Write `source` as a folder in the Hugging Face layout with all weights in `dtype`, one of FLOATS.
+
+    The tokenizer's files are copied, or made from a GGUF file's metadata where that has any. `target` must not exist,
+    or be an empty folder. Raises UsageError, FormatError, ConfigError, TokenizerError.
+    """
+    if dtype not in FLOATS:
+        raise UsageError(f"a folder holds weights as {', '.join(FLOATS)}, not {dtype!r}", hint="give a file, as m.gguf")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} exists already", hint="give the name of a new folder; none is ever replaced")
+    translate = families.from_gguf if source.kind == "gguf" else families.from_hf
+    config_json, tensors = families.to_hf(*translate(source.metadata, source.tensors))
+    formats = dict.fromkeys(tensors, FORMATS[dtype])
+    report = Report()
+    with _new_folder(target) as folder, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        write_shards(folder, _to_write(tensors, formats, pool, report, measure, advance), max_bytes=max_shard_bytes)
+        files: dict[str, object] = {}
+        if source.kind == "huggingface":
+            config_json |= {key: value for key, value in source.metadata.items() if key in _TOKEN_IDS}
+            names = model_files([path.name for path in source.path.iterdir()], str(source.path))
+            for name in names:
+                if name != "config.json" and not name.endswith((".safetensors", INDEX_NAME)):
+                    shutil.copyfile(source.path / name, folder / name)
+        elif vocabulary.MODEL_KEY in source.metadata:
+            files = vocabulary.huggingface_files(source.metadata)
+            generation = cast("dict[str, object]", files["generation_config.json"])
+            config_json |= {key: value for key, value in generation.items() if key in _TOKEN_IDS}
+        files["config.json"] = {**config_json, "dtype": _DTYPES[dtype]}
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What config.json repeats of the tokenizer; without them, transformers assumes those of its first model."""
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `target` when the block ends without an exception."""
+    try:
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise UsageError(f"cannot write into {target.parent}: {error.strerror}") from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.replace(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _refuse_requantizing(tensors: Mapping[str, Tensor], formats: Mapping[str, Format]) -> None:
+    for name, format in formats.items():
+        if (present := tensors[name].format) is not format and present.name not in FLOATS and format.name not in FLOATS:
+            raise UsageError(
+                f"tensor {name!r} is {present.name} already; quantising it to {format.name} loses accuracy twice",
+                hint="start from F16, BF16 or F32 weights, or allow it with --allow-requantize",
+            )
+
+
+def _to_write(
+    tensors: Mapping[str, Tensor],
+    formats: Mapping[str, Format],
+    pool: ThreadPoolExecutor,
+    report: Report,
+    measure: bool,
+    advance: Advance,
+) -> list[TensorToWrite]:
+    def chunks(name: str) -> Iterator[Bytes]:
+        tensor, format = tensors[name], formats[name]
+        squares = np.zeros(2)
+        for n_rows, data, chunk_squares in _convert(tensor, format, pool, measure):
+            squares += chunk_squares
+            yield data
+            advance(n_rows * tensor.format.row_bytes(tensor.cols))
+        error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
+        report.tensors.append(
+            ConvertedTensor(
+                name=name,
+                source=tensor.format,
+                target=format,
+                values=tensor.rows * tensor.cols,
+                error=error if measure else None,
+            )
+        )
+
+    return [
+        TensorToWrite(name=name, format=formats[name], shape=tensor.shape, chunks=partial(chunks, name))
+        for name, tensor in tensors.items()
+    ]
+
+
+def _convert(
+    tensor: Tensor, format: Format, pool: ThreadPoolExecutor, measure: bool
+) -> Iterator[tuple[int, Bytes, Floats64]]:
+    """Number of rows, their bytes in `format`, and [sum of squared errors, sum of squared values] where measured."""
+    if tensor.format is format:
+        yield tensor.rows, tensor.data, np.zeros(2)
+        return
+    step = max(1, _CHUNK_VALUES // tensor.cols)
+
+    def part(start: int) -> tuple[int, Bytes, Floats64]:
+        values = tensor.format.dequantize(tensor.data[start : start + step])
+        if not np.isfinite(values).all():
+            raise FormatError(f"tensor {tensor.name!r} has infinite or undefined values")
+        data = quantize(values, format)
+        if not measure:
+            return len(values), data, np.zeros(2)
+        squared_error = np.square(format.dequantize(data) - values, dtype=np.float64).sum()
+        return len(values), data, np.array([squared_error, np.square(values, dtype=np.float64).sum()])
+
+    yield from pool.map(part, range(0, tensor.rows, step))
