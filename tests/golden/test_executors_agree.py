@@ -20,7 +20,7 @@ from dapji.weights import store
 from dapji.weights.checkpoint import open_checkpoint
 
 MODEL = "smollm2-135m"
-KINDS: list[ExecutorKind] = ["reference", "torch"]
+KINDS: list[ExecutorKind] = ["reference", "torch", "native"]
 TIE = 1e-4
 
 PROMPTS = [

@@ -1,4 +1,4 @@
-"""The decoder on the reference and on torch against transformers, on a tiny model of every generation."""
+"""The decoder on every executor against transformers, on a tiny model of every generation."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def logits(
     return executor.step(Batch.single(text(length)))
 
 
-@pytest.mark.parametrize("kind", ["reference", "torch"])
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, kind: ExecutorKind) -> None:
     """At every position: before, at and far beyond each threshold of position and window."""
@@ -65,7 +65,7 @@ def test_the_window_matters_from_its_length_on(name: str) -> None:
     assert np.abs(difference[WINDOW:]).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["reference", "torch"])
+@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
 @pytest.mark.parametrize("context", [ORIGINAL, 100, TEXT])
 def test_dynamic_scaling_is_that_of_the_executors_context(kind: ExecutorKind, context: int) -> None:
     """transformers takes the length of the text that it sees in one pass; we the context, whatever the text."""
