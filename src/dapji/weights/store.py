@@ -129,6 +129,13 @@ def read_record(name: str) -> Record | None:
         ) from error
 
 
+def record_of(path: Path) -> Record | None:
+    """What is known of the installed model whose file or folder `path` is; None: it is not in the store."""
+    models = home() / "models"
+    folder = path if path.parent == models else path.parent
+    return read_record(folder.name) if folder.parent == models else None
+
+
 def pull(spec: str, *, name: str | None = None, progress: Progress | None = None) -> Path:
     """Install a model of the catalogue, or one from a source (`sources.parse`); returns what `resolve` returns.
 
