@@ -200,3 +200,11 @@ class _NoTorch:
     def find_spec(self, name: str, *_: object) -> None:
         if name == "torch":
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_may_be_repeated(kind: ExecutorKind) -> None:
+    config, tensors = translated("llama-3.1")
+    executor = open_executor(kind, config, tensors, context=ORIGINAL)
+    executor.close()
+    executor.close()

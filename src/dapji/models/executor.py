@@ -43,7 +43,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what it holds. Not to be used afterwards."""
+        """Free what it holds. May be repeated; nothing else afterwards."""
         ...
 
 
@@ -147,3 +147,5 @@ class ReferenceExecutor:
 
     def close(self) -> None:
         self._weights.clear()
+        self._cache.keys.clear()
+        self._cache.values.clear()

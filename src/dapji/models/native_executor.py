@@ -76,4 +76,5 @@ class NativeExecutor:
         self._program.copy_block(source, target)
 
     def close(self) -> None:
-        del self._program
+        if hasattr(self, "_program"):
+            del self._program

@@ -60,7 +60,8 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._weights.clear()
-        del self._cache
+        self._cache.keys.clear()
+        self._cache.values.clear()
 
 
 def sequence_logits(
