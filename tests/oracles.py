@@ -63,7 +63,10 @@ def fetch() -> Path:
 
 
 def download(folder: Path) -> Path:
-    """Put the archive into `folder`, checked. pip honours the user's index and certificates; the hash makes any index good enough."""
+    """Put the archive into `folder`, checked.
+
+    pip honours the user's index and certificates; the hash makes any index good enough.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     command += ["--no-deps", "--no-build-isolation", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}"]
     subprocess.run(command, check=True)
