@@ -97,6 +97,15 @@ def test_layers_of_the_architecture_are_those_that_are_checked() -> None:
     assert folders == inside - {"__init__", "__main__"}
 
 
+def test_ways_to_install_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for path in READMES:
+        text = "".join(blocks(path, "sh"))
+        assert set(re.findall(r"pip install \"\.\[(\w+)\]\"", text)) == set(project["optional-dependencies"])
+        (switch,) = re.findall(r"-C cmake\.define\.(\w+)=OFF", text)
+        assert f"option({switch} " in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+
+
 EXAMPLES = re.findall(
     r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```$",
     (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),

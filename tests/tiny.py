@@ -31,6 +31,8 @@ BYTES = len(CONTROL)
 SCRIPT = ["안녕하세요!", " 답은", " 4", "2", "입니다.", " 🎉".encode()[:3], " 🎉".encode()[3:]]
 """The last two items are the halves of an emoji."""
 ANSWER = "안녕하세요! 답은 42입니다. 🎉"
+COUNTING = ["하나 ", "둘 ", "셋 "]
+"""For a model without an end."""
 
 
 def alphabet() -> list[str]:

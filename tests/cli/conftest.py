@@ -10,7 +10,7 @@ import pytest
 from in_process import Dapji, Result
 
 from dapji.cli.main import main
-from tiny import SCRIPT, write_tiny
+from tiny import COUNTING, SCRIPT, write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that counts to three until it is stopped."""
-    return write_tiny(tmp_path_factory.mktemp("endless") / "endless.gguf", ["하나 ", "둘 ", "셋 "], endless=True)
+    return write_tiny(tmp_path_factory.mktemp("endless") / "endless.gguf", COUNTING, endless=True, max_context=1 << 17)
 
 
 @pytest.fixture

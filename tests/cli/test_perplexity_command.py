@@ -65,7 +65,7 @@ def test_max_chunks(endless: Path, dapji: Dapji) -> None:
     [
         (["--chunk", "33"], TEXT, 2, "--chunk must be even, got 33"),
         (["--chunk", "2"], TEXT, 2, "2 is not in the range x>=4"),
-        (["--chunk", "8192"], TEXT, 1, "a context of 8192 tokens was asked for, but the model has 4096"),
+        (["--chunk", "200000"], TEXT, 1, "a context of 200000 tokens was asked for, but the model has 131072"),
         ([], "short", 1, "the text has 5 tokens, fewer than one chunk (512)"),
         ([], b"\xff", 1, "stdin is not UTF-8"),
         (["no-such-file.txt"], "", 1, "No such file or directory: 'no-such-file.txt'"),

@@ -18,9 +18,9 @@ from dapji.cli.conversation import Conversation, Message
 from dapji.cli.terminal_chat import TerminalChat
 from dapji.errors import DapjiError, ModelNotFound
 from dapji.weights import store
-from tiny import ANSWER, write_tiny
+from tiny import ANSWER, COUNTING, write_tiny
 
-COUNTING = "하나 둘 셋 "
+ROUND = "".join(COUNTING)
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -125,10 +125,11 @@ def test_a_conversation(tiny: Path, tmp_path: Path, home: Path, open_chat: Calla
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_it(endless: Path, tmp_path: Path, open_chat: Callable[..., Terminal]) -> None:
-    chat = open_chat("-m", endless, "--stats")
+    # Long enough that no machine is through before Ctrl-C comes, nor before the second answer.
+    chat = open_chat("-m", endless, "--stats", "--context", "100000")
     for question in ("끝없이?", "again"):
         chat.type(question + "\r")
-        chat.wait_for(COUNTING * 2)
+        chat.wait_for(ROUND * 2)
         chat.child.sendintr()
         assert re.search(r"\n\(stopped\)\nstopped after \d+ tokens\n$", chat.wait_for_prompt())
     chat.type("half a line")
@@ -137,11 +138,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(endless: Path, tmp_path: Path, open
     path = tmp_path / "talk.json"
     assert chat.enter(f"/save {path}") == f"saved 4 messages to {path}\n"
     assert chat.enter("/set max_tokens 3").count("max_tokens           3") == 1
-    assert chat.enter("three").startswith(f"{COUNTING}\n(cut off at the limit of tokens)\n")
+    assert chat.enter("three").startswith(f"{ROUND}\n(cut off at the limit of tokens)\n")
     assert chat.end() == 0
     first, answer, second, _ = json.loads(path.read_text(encoding="utf-8"))["messages"]
     assert (first["content"], second["content"]) == ("끝없이?", "again")
-    assert answer["content"].startswith(COUNTING * 2)
+    assert answer["content"].startswith(ROUND * 2)
 
 
 def test_a_full_context_ends_an_answer_not_the_chat(tmp_path: Path, open_chat: Callable[..., Terminal]) -> None:
