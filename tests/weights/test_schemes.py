@@ -1,5 +1,7 @@
 """The formats that llama.cpp's llama-quantize chose for SmolLM2-135M, by its own output (ggml 0.25.3)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -81,3 +83,8 @@ def test_vectors_norms_and_odd_rows() -> None:
     }
     assert [format.name for format in choose_formats(odd, SCHEMES["Q4_K_M"]).values()] == ["F32", "F32", "F32", "F16"]
     assert choose_formats(odd, SCHEMES["BF16"])["blk.0.attn_q.weight"].name == "BF16"
+
+
+def test_the_documentation_names_every_type() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert [name for name in (*SCHEMES, *FORMATS) if name not in text] == []
