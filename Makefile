@@ -45,10 +45,11 @@ $(VENV)/bin/python:
 	$(BIN)/pip install -q --upgrade "pip>=25.1"
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard src/native/*)
-	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.9" ninja
+	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.9" ninja $$(command -v cmake >/dev/null || echo cmake)
 	$(BIN)/pip install -q --no-build-isolation -e ".[hub]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(BIN)/pip install -q --group dev --group oracles
+	$(BIN)/python tests/oracles.py
 	@touch $@
