@@ -185,6 +185,7 @@ def _size(n_bytes: int | None) -> str:
 def _print(report: dict[str, Any], problems: list[Problem]) -> None:
     machine, native, store = report["machine"], report["native"], report["store"]
     installed = ", ".join(store["installed"]) or "none"
+    threads = "" if native["threads"] is None else f", {native['threads']} threads by default"
     features = "unknown" if machine["features"] is None else " ".join(machine["features"]) or "none that matter"
     fitting = [
         f"{name} {'fits' if size + ROOM <= machine['memory_available'] else 'does not fit'}"
@@ -192,7 +193,7 @@ def _print(report: dict[str, Any], problems: list[Problem]) -> None:
         if machine["memory_available"] is not None
     ]
     if native["isa"] is None:
-        kernels = f"none ({native['reason']}); the numpy reference computes"
+        kernels = "none; the numpy reference computes"
     else:
         why = f"DAPJI_ISA={native['forced']}" if native["forced"] else "the best that this processor runs"
         kernels = f"{native['isa']}: {why} (it runs {', '.join(native['isas'])})"
@@ -202,7 +203,7 @@ def _print(report: dict[str, Any], problems: list[Problem]) -> None:
         ("processor", machine["processor"] or "unknown"),
         ("instructions", features),
         ("kernels", kernels),
-        ("threads", f"{native['threads'] or '?'} by default, {machine['processors']} logical processors"),
+        ("processors", f"{machine['processors']} logical processors for this process{threads}"),
         ("memory", f"{_size(machine['memory_available'])} available of {_size(machine['memory'])}"),
         ("models", "; ".join(fitting) or "unknown"),
         ("huge pages", machine["huge_pages"] or "unknown"),
