@@ -53,7 +53,7 @@ def executor_options(command: F) -> F:
             show_default=True,
             help="Format of the cache of keys and values.",
         ),
-        click.option("--threads", type=click.IntRange(1), help="native: threads [default: the processors of this process]."),
+        click.option("--threads", type=click.IntRange(1), help="native: threads [default: all processors]."),
         click.option(
             "--executor",
             type=click.Choice(["native", "torch", "reference"]),
