@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -156,6 +157,8 @@ def test_a_model_without_a_template_says_what_to_do(both: Tokenizers) -> None:
         ([{"role": 3, "content": "x"}], "messages.0. has no role"),
         ([{"role": "user", "content": b"x"}], "messages.0...content.. is a bytes"),
         ([{"role": "user", "content": [{"image": object()}]}], "is a object"),
+        ([{"role": "user", "content": {1: "x"}}], "has the key 1"),
+        ([{"role": "user", "content": reduce(lambda inner, _: [inner], range(9999), "x")}], "more than 64 deep"),
     ],
 )
 def test_what_is_no_message_is_refused(messages: Any, message: str, both: Tokenizers) -> None:

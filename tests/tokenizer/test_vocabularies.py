@@ -99,3 +99,20 @@ def test_add_bos_token_of_the_file_decides(llama_cpp_models: Path) -> None:
     metadata = read_gguf(llama_cpp_models / "ggml-vocab-gpt-2.gguf").metadata
     assert not Tokenizer.from_gguf(metadata).add_bos
     assert Tokenizer.from_gguf(changed(metadata, add_bos_token=True)).add_bos
+
+
+def test_a_character_that_the_vocabulary_lacks_is_refused(llama_cpp_models: Path) -> None:
+    """The tokenizers library would drop it."""
+    tokenizer = Tokenizer.from_gguf(read_gguf(llama_cpp_models / "ggml-vocab-falcon.gguf").metadata)
+    with pytest.raises(TokenizerError, match="0x03"):
+        tokenizer.encode("a\x03b")
+    assert tokenizer.decode(tokenizer.encode("a\x02b")) == "a\x02b"
+
+
+def test_without_types_the_spelling_tells_control_tokens(llama_cpp_models: Path) -> None:
+    metadata = read_gguf(llama_cpp_models / "ggml-vocab-qwen2.gguf").metadata
+    typed, untyped = Tokenizer.from_gguf(metadata), Tokenizer.from_gguf(changed(metadata, token_type=None))
+    assert untyped.control == typed.control
+    text = "<|im_start|>user\n한 <|> 둘"
+    assert untyped.encode(text) == typed.encode(text)
+    assert untyped.split_control(text) == typed.split_control(text) == [151644, "user\n한 <|> 둘"]

@@ -6,7 +6,7 @@ spells a control token. Knows no model and no server: a message is a mapping, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dapji.chat.sandbox import TIME_LIMIT, Template
@@ -16,6 +16,8 @@ from dapji.tokenizer import Tokenizer
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 """Roles that may become part of a control token, as in the template text <|{{ message.role }}|>."""
+MAX_DEPTH = 64
+"""Of lists and mappings in messages, tools, documents and variables."""
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -113,14 +115,23 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return plain
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy in JSON's types and no subclass of them, so that a template sees nothing that has more to offer."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, str):
         return str.__str__(value)
+    if depth == MAX_DEPTH:
+        raise TemplateError(f"{where} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
-        return {_plain(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {key: _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in _keyed(value, where)}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise TemplateError(f"{where} is a {type(value).__name__}; templates take text, numbers, lists and mappings only")
+
+
+def _keyed(values: Mapping[Any, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise TemplateError(f"{where} has the key {key!r}; keys are text, as in JSON")
+        yield str.__str__(key), value

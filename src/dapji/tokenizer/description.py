@@ -72,9 +72,11 @@ def looks_like_control(spelling: str) -> bool:
     """Added tokens in <|…|> or <｜…｜> steer the model even where a tokenizer.json says `special: false`.
 
     DeepSeek's <｜User｜> is such a one. llama.cpp's converter draws the same line when it writes GGUF.
+    <|> is an operator.
     """
-    return (spelling.startswith("<|") and spelling.endswith("|>")) or (
-        spelling.startswith("<｜") and spelling.endswith("｜>")
+    return len(spelling) > 4 and (
+        (spelling.startswith("<|") and spelling.endswith("|>"))
+        or (spelling.startswith("<｜") and spelling.endswith("｜>"))
     )
 
 

@@ -93,7 +93,9 @@ def describe(values: Mapping[str, Any]) -> Description:
             + ", ".join(f"{name!r} ({what})" for name, what in _MODELS.items())
         )
     tokens = metadata.strings("tokens")
-    types = metadata.numbers("token_type", len(tokens)) or [_NORMAL] * len(tokens)
+    types = metadata.numbers("token_type", len(tokens))
+    if types is None:  # all of one kind, so only the spelling can tell what steers the model
+        types = [_USER_DEFINED if looks_like_control(token) else _NORMAL for token in tokens]
     special = _special_ids(metadata, len(tokens), model)
     _check(tokens, types)
     _mark_control(tokens, types, special)

@@ -36,6 +36,10 @@ class Tokenizer:
         self._description = description
         self._bytes: dict[int, bytes] = {}
         self._alphabet = _byte_alphabet()
+        pieces = set(description.pieces)
+        self._known_bytes = bytes(
+            byte for code, byte in self._alphabet.items() if not description.byte_level or chr(code) in pieces
+        )
         self._control_ids = frozenset(description.control.values())
         spellings = sorted(description.control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, spellings))) if spellings else None
@@ -95,7 +99,8 @@ class Tokenizer:
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """Ids of a sequence of plain texts and of ids that stay as they are; no BOS is added.
 
-        Raises TokenizerError for text that is not Unicode (lone surrogates).
+        Raises TokenizerError for text that is not Unicode (lone surrogates), and for bytes that the vocabulary lacks:
+        some have no token for control characters, and would drop them.
         """
         ids: list[int] = []
         encoder = self._description.encoder
@@ -103,15 +108,23 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
             elif part:
-                try:
-                    part.encode()
-                except UnicodeEncodeError as error:
-                    raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+                self._check_text(part)
                 ids += encoder.encode(part, add_special_tokens=False).ids
             else:
                 continue
             encoder = self._description.continuing_encoder
         return ids
+
+    def _check_text(self, text: str) -> None:
+        try:
+            unknown = text.encode().translate(None, self._known_bytes)
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid Unicode: {error}") from error
+        if unknown:
+            raise TokenizerError(
+                f"the text has the byte 0x{unknown[0]:02X}, for which this model's vocabulary has no token",
+                hint="remove control characters and other unusual characters",
+            )
 
     def split_control(self, text: str, where: Callable[[int, int], bool] | None = None) -> list[str | int]:
         """Cut `text` at the spellings of control tokens: plain texts and control ids, as `encode_parts` takes them.
