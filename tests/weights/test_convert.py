@@ -1,6 +1,7 @@
 """Whole models from one layout to the other: transformers and the gguf package read what we write."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,7 @@ from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.convert import write_folder, write_quantized
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import read_gguf, write_gguf
+from dapji.weights.summary import summarize
 from tiny import CHATML, write_tiny
 
 TEXTS = (
@@ -138,6 +140,18 @@ def same_tokenizers(one: Tokenizer, other: Tokenizer) -> None:
     assert other.stop_ids == one.stop_ids
     assert other.control == one.control
     assert other.chat_templates == one.chat_templates
+
+
+def test_the_licence_goes_along(qwen: tuple[Path, transformers.PreTrainedModel], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(qwen[0], source)
+    (source / "README.md").write_text("---\nlanguage: ko\nlicense: apache-2.0\n---\n# Tiny\n")
+    write_quantized(open_checkpoint(source), tmp_path / "m.gguf", "F16")
+    assert read_gguf(tmp_path / "m.gguf").metadata["general.license"] == "apache-2.0"
+    write_folder(open_checkpoint(tmp_path / "m.gguf"), tmp_path / "back", "F16")
+    write_folder(open_checkpoint(source), tmp_path / "copy", "F16")
+    assert summarize(open_checkpoint(tmp_path / "back")).licence == "apache-2.0"
+    assert (tmp_path / "copy" / "README.md").read_bytes() == (source / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama"])

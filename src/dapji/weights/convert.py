@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from dapji.weights.quantize import quantize
 from dapji.weights.safetensors import INDEX_NAME, write_shards
 from dapji.weights.schemes import SCHEMES, choose_formats
 from dapji.weights.sources_base import model_files
+from dapji.weights.summary import folder_licence
 
 FLOATS = ("F32", "F16", "BF16")
 """Formats that lose nothing when they are quantised, and those that a Hugging Face folder holds."""
@@ -128,6 +129,8 @@ def gguf_contents(source: Checkpoint) -> tuple[dict[str, Value | Encoded], Mappi
     config, tensors = families.from_hf(source.metadata, source.tensors)
     architecture, named = families.to_gguf(config, tensors)
     general = {"general.type": "model", "general.name": source.path.resolve().name}
+    if licence := folder_licence(source.path):
+        general["general.license"] = licence
     tokenizer = vocabulary.gguf_metadata(source.path, n_tokens=config.vocab_size)
     return cast("dict[str, Value | Encoded]", architecture | general | tokenizer), named
 
@@ -144,8 +147,8 @@ def write_folder(
 ) -> Report:
     """Write `source` as a folder in the Hugging Face layout with all weights in `dtype`, one of FLOATS.
 
-    The tokenizer's files are copied, or made from a GGUF file's metadata where that has any. `target` must not exist,
-    or be an empty folder. Raises UsageError, FormatError, ConfigError, TokenizerError.
+    Tokenizer, chat templates, README and licence are copied, or made from a GGUF file's metadata as far as that has
+    them. `target` must not exist, or be an empty folder. Raises UsageError, FormatError, ConfigError, TokenizerError.
     """
     if dtype not in FLOATS:
         raise UsageError(f"a folder holds weights as {', '.join(FLOATS)}, not {dtype!r}", hint="give a file, as m.gguf")
@@ -157,19 +160,18 @@ def write_folder(
     report = Report()
     with _new_folder(target) as folder, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         write_shards(folder, _to_write(tensors, formats, pool, report, measure, advance), max_bytes=max_shard_bytes)
-        files: dict[str, object] = {}
+        made: dict[str, object] = {}
         if source.kind == "huggingface":
-            config_json |= {key: value for key, value in source.metadata.items() if key in _TOKEN_IDS}
-            names = model_files([path.name for path in source.path.iterdir()], str(source.path))
-            for name in names:
-                if name != "config.json" and not name.endswith((".safetensors", INDEX_NAME)):
-                    shutil.copyfile(source.path / name, folder / name)
-        elif vocabulary.MODEL_KEY in source.metadata:
-            files = vocabulary.huggingface_files(source.metadata)
-            generation = cast("dict[str, object]", files["generation_config.json"])
-            config_json |= {key: value for key, value in generation.items() if key in _TOKEN_IDS}
-        files["config.json"] = {**config_json, "dtype": _DTYPES[dtype]}
-        for name, content in files.items():
+            _copy_companions(source.path, folder)
+            token_ids = source.metadata
+        else:
+            if vocabulary.MODEL_KEY in source.metadata:
+                made = vocabulary.huggingface_files(source.metadata)
+            token_ids = cast("Mapping[str, object]", made.get("generation_config.json", {}))
+            _write_readme(folder, source.metadata)
+        config_json |= {key: value for key, value in token_ids.items() if key in _TOKEN_IDS}
+        made["config.json"] = {**config_json, "dtype": _DTYPES[dtype]}
+        for name, content in made.items():
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (folder / name).write_text(text + "\n", encoding="utf-8")
     return report
@@ -178,6 +180,21 @@ def write_folder(
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What config.json repeats of the tokenizer; without them, transformers assumes those of its first model."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """What a folder holds beside configuration and weights, but for dapji.json, which tells of these very weights."""
+    names = [path.name for path in source.iterdir()]
+    for name in {*model_files(names, str(source)), *({"README.md"} & set(names))}:
+        if name not in ("config.json", "dapji.json") and not name.endswith((".safetensors", INDEX_NAME)):
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_readme(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """A README.md that keeps the licence, where the GGUF file says it: the form in which the hub states it."""
+    licence, name = metadata.get("general.license"), metadata.get("general.name")
+    if isinstance(licence, str):
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n\n# {name or 'Model'}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         if tokenizer is None
         else {tokenizer.token_bytes(i).decode("utf-8", "replace"): i for i in sorted(tokenizer.stop_ids)},
         templates={} if tokenizer is None else tokenizer.chat_templates,
-        licence=_string(metadata, "general.license") if gguf else _folder_licence(checkpoint.path),
+        licence=_string(metadata, "general.license") if gguf else folder_licence(checkpoint.path),
     )
 
 
@@ -145,7 +145,7 @@ def _hf_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _folder_licence(folder: Path) -> str | None:
+def folder_licence(folder: Path) -> str | None:
     """The licence in the front matter of the folder's README.md, the form of the hub."""
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
