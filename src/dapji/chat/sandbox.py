@@ -51,6 +51,8 @@ _SMALL_FILTERS = {
     "trim": "chars",
 }  # fmt: skip
 """Methods and filters whose first argument sets how much work they are: a width, a count, characters to strip."""
+_WIDE_FIELD = re.compile(r"%(\([^)]*\))?[#0 +-]*(\*|\d{4}|\d*\.(\*|\d{4}))")
+"""In the language of the operator %: a width or precision of four digits, or one that an argument gives."""
 _INTERNAL_ARGUMENTS = ("_loop_vars", "_block_vars")
 """What jinja2's code passes along with every call in a loop or a block."""
 _COUNTED = "count turns"
@@ -141,11 +143,12 @@ def _raise_exception(message: Any) -> NoReturn:
 
 def _strftime_now(format: str) -> str:
     _check_small(format)
-    _check_format(format)
     return datetime.datetime.now().strftime(format)
 
 
+@jinja2.pass_environment
 def _tojson(
+    environment: _Environment,
     value: Any,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
@@ -153,8 +156,10 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own one escapes for HTML; this is the signature that transformers offers."""
-    _check_small(indent)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    for small in (indent, *(separators or ())):
+        _check_small(small)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return encoder.encode(value) if indent is None else environment.concat(encoder.iterencode(value))
 
 
 def _check_small(value: Any) -> None:
@@ -162,37 +167,41 @@ def _check_small(value: Any) -> None:
         raise _Exceeded(f"it asked for a width or count of more than {_MAX_SMALL}")
 
 
-def _check_format(text: str) -> None:
-    """A conversion may be padded, but only so far: %5d, {:<20}."""
-    if re.search(r"\*|\d{4}", text):
+def _check_percent(text: str, values: Any, budget: _Budget) -> None:
+    """For text % values: no wide field, and not too much of a mapping whose values may occur any number of times."""
+    if _WIDE_FIELD.search(text.replace("%%", "")):
         raise _Exceeded("a format has a width of more than 3 digits")
+    if isinstance(values, Mapping):
+        budget.spend(text.count("%(") * size_of(values, budget.max_size))
 
 
 class _Formatter(jinja2.sandbox.SandboxedFormatter):
     """str.format, which follows what the template wrote."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
-        _check_format(format_spec)
+        if re.search(r"\d{4}", format_spec):
+            raise _Exceeded("a format has a width of more than 3 digits")
         return super().format_field(value, format_spec)
 
-    def write(self, text: Written, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Written:
-        return self._write(text, args, kwargs, itertools.count())
-
-    def _write(
-        self, text: Written, args: Sequence[Any], kwargs: Mapping[str, Any], automatic: Iterator[int]
+    def write(
+        self, text: Written, args: Sequence[Any], kwargs: Mapping[str, Any], automatic: Iterator[int] | None = None
     ) -> Written:
         """`automatic` numbers the fields that have neither number nor name, those inside a format_spec included."""
+        environment: Any = self._env
+        return environment.concat(self._pieces(text, args, kwargs, automatic or itertools.count()))  # type: ignore[no-any-return]
+
+    def _pieces(
+        self, text: Written, args: Sequence[Any], kwargs: Mapping[str, Any], automatic: Iterator[int]
+    ) -> Iterator[str]:
         by_template = text.all_by_template(0, len(text))
-        pieces: list[str] = []
         for literal, field, spec, conversion in self.parse(text):
-            pieces.append(Written.by_template(literal) if by_template else literal)
+            yield Written.by_template(literal) if by_template else literal
             if field is None:
                 continue
             name = f"{next(automatic)}{field}" if not field or field[0] in ".[" else field
             value = self.convert_field(self.get_field(name, args, kwargs)[0], conversion)
-            spec = self._write(Written(spec or ""), args, kwargs, automatic)
-            pieces.append(value if isinstance(value, str) and not spec else self.format_field(value, spec))
-        return joined(pieces)
+            spec = self.write(Written(spec or ""), args, kwargs, automatic)
+            yield value if isinstance(value, str) and not spec else self.format_field(value, spec)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -334,8 +343,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if left.bit_length() * right > _MAX_INT_BITS:
                 raise _Exceeded(f"it made a number of more than {_MAX_INT_BITS} bits")
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
-            self.budget.check(right)
+            _check_percent(left, right, self.budget)
         return self.budget.check(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -389,14 +397,17 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 value = _listed(value, self.budget)
                 args = (*args[:marked], value, *options)
             if name in _SMALL_FILTERS:
-                _check_small(options[0] if options else kwargs.get(_SMALL_FILTERS[name]))
+                small = options[0] if options else kwargs.get(_SMALL_FILTERS[name])
+                _check_small(small)
+                if name == "indent":
+                    self.budget.spend(str(value).count("\n") * (len(small) if isinstance(small, str) else small or 4))
             elif name == "replace":
                 self._check_replace(str(value), *options, **kwargs)
             elif name == "join":
                 glue = options[0] if options else kwargs.get("d", "")
                 self.budget.spend(len(str(glue)) * len(value) if isinstance(value, Sequence) else 0)
             elif name == "format":
-                _check_format(str(value))
+                _check_percent(str(value), kwargs, self.budget)
             elif name == "sum" and not isinstance(
                 kwargs.get("start", options[1] if len(options) > 1 else 0), int | float
             ):
