@@ -90,7 +90,9 @@ FEATURES = {
         "{{ 'aXb'.lower() }}{{ 'a'.center(5) }}{{ '{:>4}|{!r}'.format(5, 'q') }}"
     ),
     "percent": "{{ '**%s** 2024 %5.2f%%' % ('a', 1.5) }}{{ '%(x)s*' % {'x': 1} }}",
-    "indented json": "{{ messages | tojson(indent='\\t') }}{{ {} | tojson(indent=0) }}{{ [[], none] | tojson(indent=3) }}",
+    "indented json": (
+        "{{ messages | tojson(indent='\\t') }}{{ {} | tojson(indent=0) }}{{ [[], 1.5, none] | tojson(indent=3) }}"
+    ),
     "safe": (
         "{{ '<b>' | safe }}{{ ('<b>' | safe) + '<i>' }}{{ '<i>' + ('<b>' | safe) }}{{ messages[0].content | safe }}"
     ),
