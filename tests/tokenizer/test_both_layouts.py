@@ -189,6 +189,23 @@ def test_place_control_tokens_alike(both: Both) -> None:
     )
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_the_space_that_metaspace_puts(scheme: str, tmp_path: Path) -> None:
+    """Newer SentencePiece models write tokenizer.json so; `first` puts a space before the first text only."""
+    made = sentencepiece()
+    made.normalizer = None
+    made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Metaspace("▁", prepend_scheme=scheme)
+    made.add_special_tokens([AddedToken(spelling, normalized=False) for spelling in SPECIAL])
+    write_folder(tmp_path, made)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    made.encode_special_tokens = False
+    for text in ("the lower", " the lower", "the<|im_end|>lower", "<s>the</s> lower<|im_end|>\n답지", "  two<s>  two"):
+        assert tokenizer.encode_parts(tokenizer.split_control(text)) == made.encode(text, add_special_tokens=False).ids
+    for text in ("the lower", " the", "  two  "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def edited(folder: Path, source: Path, **changes: Any) -> Path:
     """A copy of the folder `source` whose tokenizer.json has other values."""
     for path in source.glob("*.json"):
