@@ -202,7 +202,7 @@ def test_the_space_that_metaspace_puts(scheme: str, tmp_path: Path) -> None:
     made.encode_special_tokens = False
     for text in ("the lower", " the lower", "the<|im_end|>lower", "<s>the</s> lower<|im_end|>\n답지", "  two<s>  two"):
         assert tokenizer.encode_parts(tokenizer.split_control(text)) == made.encode(text, add_special_tokens=False).ids
-    for text in ("the lower", " the", "  two  "):
+    for text in ("the lower", "two  "):  # a space at the beginning is one that Metaspace need not put, so it is lost
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
