@@ -36,7 +36,7 @@ from dapji.weights.safetensors import decode_json, parse_index, parse_safetensor
 SECONDS = 2.0
 """Of processor time, which a busy or suspended machine does not stretch; any case takes milliseconds."""
 MEMORY = 1 << 30
-PER_BYTE, AT_LEAST = 16, 1 << 16
+PER_BYTE, AT_LEAST = 16, 1 << 17
 """Bytes of Python objects that a case of n bytes may need at its peak: PER_BYTE * n + AT_LEAST. A name of one byte
 becomes a string and an entry of a dictionary, so the factor cannot be small; what it excludes is that memory follows
 from what a file claims."""
