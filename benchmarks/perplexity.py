@@ -59,7 +59,7 @@ def main() -> None:
         if not arguments.models:
             for type in TYPES:
                 files[f"{SMALL} {type}"] = path = Path(folder) / f"{SMALL}-{type}.gguf"
-                command = [sys.executable, "-m", "dapji", "quantize", SMALL, type, str(path)]
+                command = [sys.executable, "-m", "dapji", "quantize", "--allow-requantize", SMALL, type, str(path)]
                 subprocess.run(command, check=True, stdout=sys.stderr)
         for name, path in files.items():
             ours, theirs = run_dapji(path, arguments.threads), run_peer(path, arguments.threads)
