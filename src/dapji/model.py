@@ -99,6 +99,7 @@ def load(
     threads: int | None = None,
     kv: KvFormat = "f16",
     device: str = "cpu",
+    speculate: bool = True,
 ) -> Model:
     """Open a model and make it ready to answer.
 
@@ -106,6 +107,7 @@ def load(
     executor: "native", "torch" or "reference"; by default native where it was built.
     context: the longest conversation in tokens, prompt and answer together; default: the model's, at most 8192.
     threads: native only; kv: format of the cache; device: torch only.
+    speculate: compute tokens ahead where a text repeats itself (docs/engine.md); the answers are the same.
     Raises ModelNotFound, FormatError, ConfigError, TokenizerError, UnavailableError.
     """
     files = open_files(name_or_path)
@@ -119,13 +121,13 @@ def load(
         kv=kv,
         device=device,
     )
-    return Model(files, tokenizer, opened)
+    return Model(files, tokenizer, opened, speculate=speculate)
 
 
 class Model:
     """A model that answers. A context manager; `close` frees weights and cache."""
 
-    def __init__(self, files: Files, tokenizer: Tokenizer, executor: Executor) -> None:
+    def __init__(self, files: Files, tokenizer: Tokenizer, executor: Executor, *, speculate: bool = True) -> None:
         """Owns the executor from here on."""
         self.files = files
         self.config = files.config
@@ -133,7 +135,9 @@ class Model:
         self.executor = executor
         self.name = files.checkpoint.path.name
         self._sampling = files.sampling()
-        self.engine = Engine(executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
+        self.engine = Engine(
+            executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, speculate=speculate
+        )
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,13 @@ def test_completes_without_a_template(tiny: Path, dapji: Dapji) -> None:
 def test_the_prompt_is_taken_as_it_is(words: list[str], stdin: str, prompt: str, tiny: Path, dapji: Dapji) -> None:
     """One newline at the end of stdin goes, nothing else; a control token's spelling stays text: a token per byte."""
     shown = dapji("run", tiny, *words, "--max-tokens", "1", "--json", stdin=stdin)
-    assert json.loads(shown.out)["usage"] == {"prompt": len(prompt), "cached": 0, "generated": 1}
+    assert json.loads(shown.out)["usage"] == {
+        "prompt": len(prompt),
+        "cached": 0,
+        "generated": 1,
+        "proposed": 0,
+        "accepted": 0,
+    }
 
 
 def test_json_is_the_whole_answer(tiny: Path, dapji: Dapji) -> None:
@@ -48,6 +55,17 @@ def test_json_is_the_whole_answer(tiny: Path, dapji: Dapji) -> None:
     assert "logprob" not in end
     assert answer["usage"]["generated"] == len(answer["tokens"]) == 8
     assert answer["seconds"]["first_token"] > 0
+
+
+def test_an_answer_that_repeats_itself_is_the_same_with_and_without_speculation(endless: Path, dapji: Dapji) -> None:
+    command = ["run", endless, "세", "--max-tokens", "60", "--temperature", "0", "--json", "--stats"]
+    with_it, without = dapji(*command), dapji(*command, "--no-speculate")
+    answer, plain = json.loads(with_it.out), json.loads(without.out)
+    assert answer["tokens"] == plain["tokens"]
+    assert answer["usage"]["proposed"] >= answer["usage"]["accepted"] > 30
+    assert plain["usage"]["proposed"] == plain["usage"]["accepted"] == 0
+    assert re.search(r", 60 generated, \d+ of \d+ proposed tokens accepted, ", with_it.err)
+    assert "proposed" not in without.err
 
 
 def test_logprobs_are_the_models_own(tiny: Path, dapji: Dapji) -> None:

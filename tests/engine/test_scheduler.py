@@ -23,14 +23,17 @@ def step(scheduler: Scheduler[Sequence]) -> dict[Sequence, int]:
     chunks, batch = scheduler.plan()
     taken = {chunk.sequence: chunk.end - chunk.sequence.computed for chunk in chunks}
     check(batch, taken)
-    scheduler.advance(chunks)
+    ended = []
     for chunk in chunks:
         if chunk.rows.stop > chunk.rows.start and chunk.end == chunk.sequence.length:
+            chunk.sequence.wanted += 1
             if chunk.sequence.length == len(chunk.sequence.tokens):
-                scheduler.remove(chunk.sequence)
+                ended.append(chunk.sequence)
             else:
                 chunk.sequence.length += 1
-                chunk.sequence.wanted += 1
+    scheduler.advance(chunks)
+    for sequence in ended:
+        scheduler.remove(sequence)
     return taken
 
 
@@ -141,8 +144,8 @@ def test_rows_are_asked_for_in_portions() -> None:
         chunks, batch = plan.plan()
         sizes.append(len(batch.rows))
         assert batch.positions[batch.rows].tolist() == list(range(scored.wanted, scored.wanted + len(batch.rows)))
-        plan.advance(chunks)
         scored.wanted += len(batch.rows)
+        plan.advance(chunks)
         if scored.wanted == scored.length:
             plan.remove(scored)
     assert sizes == [MAX_ROWS, MAX_ROWS, MAX_ROWS, 500 - 3 * MAX_ROWS]

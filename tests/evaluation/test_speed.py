@@ -100,7 +100,7 @@ def test_what_is_run(executor: Recording, monkeypatch: pytest.MonkeyPatch) -> No
     """Every turn reads a whole new prompt (nothing from the cache) and writes an answer after `depth` tokens."""
     counts: list[int] = []
     monkeypatch.setattr(module, "measure_limits", lambda threads: Limits(read_bandwidth=threads, int8_peak=None))
-    with Engine(executor) as engine:
+    with Engine(executor, speculate=False) as engine:
         speed = measure_speed(
             engine,
             vocab_size=261,

@@ -56,7 +56,7 @@ def command(
     n_threads = threads or (native.default_threads() if native.available() else describe_machine().processors)
     context = max(prompt + 1, max(depth, 1) + decode + 1)
     with (
-        load(model, context=context, threads=threads, **values) as opened,
+        load(model, context=context, threads=threads, speculate=False, **values) as opened,
         tqdm(desc="measuring", total=3 * (repeats + 1), unit="run", disable=None, delay=1, leave=False) as bar,
     ):
         work = Work.of(opened.config, opened.files.tensors, values["kv"])

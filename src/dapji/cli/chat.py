@@ -16,6 +16,7 @@ from dapji.cli.options import (
     executor_options,
     given_sampling,
     sampling_options,
+    speculate_option,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @sampling_options
 @context_option
 @executor_options
+@speculate_option
 def command(
     message: tuple[str, ...], model: str | None, small: bool, system: str | None, session: str | None, stats: bool,
     **values: Any,

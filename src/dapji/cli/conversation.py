@@ -103,7 +103,8 @@ def speed_line(reply: Reply) -> str:
         return f"stopped after {len(reply.tokens)} tokens"
     usage, timings = finish.usage, finish.timings
     rate = "" if finish.tokens_per_second is None else f", {finish.tokens_per_second:.1f} tokens/s"
+    proposals = f", {usage.accepted} of {usage.proposed} proposed tokens accepted" if usage.proposed else ""
     return (
         f"{usage.prompt} prompt tokens ({usage.cached} cached), first token after {timings.first_token:.2f} s, "
-        f"{usage.generated} generated{rate}"
+        f"{usage.generated} generated{proposals}{rate}"
     )

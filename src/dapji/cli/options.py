@@ -67,3 +67,11 @@ def executor_options(command: F) -> F:
 context_option = click.option(
     "--context", type=click.IntRange(1), help="Longest conversation in tokens [default: the model's, at most 8192]."
 )
+
+speculate_option = click.option(
+    "--no-speculate",
+    "speculate",
+    flag_value=False,
+    default=True,
+    help="Compute no tokens ahead where a text repeats itself; the answer is the same.",
+)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dapji.cli.console import read_prompt, write
-from dapji.cli.options import context_option, executor_options, given_sampling, sampling_options
+from dapji.cli.options import (
+    context_option,
+    executor_options,
+    given_sampling,
+    sampling_options,
+    speculate_option,
+)
 
 if TYPE_CHECKING:
     from dapji.model import Reply
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 @sampling_options
 @context_option
 @executor_options
+@speculate_option
 def command(model: str, text: tuple[str, ...], as_json: bool, logprobs: int | None, stats: bool, **values: Any) -> None:
     """Print what MODEL writes after TEXT, or after the text on stdin. No chat template is applied.
 
@@ -72,7 +80,7 @@ def _as_json(reply: Reply, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "text": reply.text,
         "finish_reason": reply.finish.reason,
-        "usage": {"prompt": usage.prompt, "cached": usage.cached, "generated": usage.generated},
+        "usage": asdict(usage),
         "seconds": {"first_token": timings.first_token, "decode": timings.decode},
         "tokens": tokens,
     }

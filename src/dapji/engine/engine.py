@@ -141,6 +141,7 @@ class Engine:
         step_tokens: int = 512,
         mixed_prompt_tokens: int = 64,
         max_running: int = 64,
+        speculate: bool = True,
     ) -> None:
         """end_tokens: the ids that end every answer of this model.
         vocab_size: ids from here on are padding of the weights, never drawn and refused in prompts; default: none are.
@@ -148,6 +149,7 @@ class Engine:
         mixed_prompt_tokens: most prompt tokens in a step in which a stream also advances: fewer keep the streams
         smoother while a long prompt is read, more read it faster.
         max_running: most requests in a step.
+        speculate: compute tokens ahead where a text repeats itself and few requests run; the answers are the same.
 
         Raises UsageError for numbers that make no sense: every running request needs a token of every step.
         """
@@ -160,6 +162,7 @@ class Engine:
         if mixed_prompt_tokens < 1:
             raise UsageError(f"mixed_prompt_tokens ({mixed_prompt_tokens}) must be at least 1")
         self._executor = executor
+        self._speculate = speculate
         self.end_tokens = frozenset(end_tokens)
         self._check_ids("end_tokens", self.end_tokens)
         self.context = min(executor.context, executor.n_blocks * KV_BLOCK)
@@ -244,7 +247,14 @@ class Engine:
         tokens = np.empty(len(prompt) + max_tokens, dtype=np.int32)
         tokens[: len(prompt)] = prompt
         stop_tokens = request.stop_tokens if request.ignore_eos else request.stop_tokens | self.end_tokens
-        job = Generation(request, tokens, stop_tokens=stop_tokens, vocab_size=self._vocab_size, deliver=deliver)
+        job = Generation(
+            request,
+            tokens,
+            stop_tokens=stop_tokens,
+            vocab_size=self._vocab_size,
+            speculate=self._speculate,
+            deliver=deliver,
+        )
         self._submit(job)
         return job
 
@@ -341,19 +351,18 @@ class Engine:
                 continue
             job = chunk.sequence
             try:
-                item = job.accept(logits[chunk.rows])
+                for item in job.accept(logits[chunk.rows]):
+                    results.append((job, item))
             except Exception as error:  # its own mistake (`stop`, logits without a maximum): nobody else's affair
                 job.done = True
-                item = error
-            results.append((job, item))
+                results.append((job, error))
         with self._wake:
             self._scheduler.advance(chunks)
-            for job, _ in results:
-                if job.done:
-                    self._scheduler.remove(job)
+            for chunk in chunks:
+                if chunk.sequence.done:
+                    self._scheduler.remove(chunk.sequence)
         for job, item in results:
-            if item is not None:
-                job.deliver(item)
+            job.deliver(item)
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
         """The step failed: what it was to write into its jobs' blocks is unknown, and none of it was published."""

@@ -6,7 +6,7 @@ neither blocks nor other sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dapji.engine.request import Finish, Output, Request, Timings, Usage
 from dapji.engine.sampling import Sampler, log_probability, logprobs
 from dapji.engine.scheduler import Sequence
+from dapji.engine.speculation import Speculation
 
 
 class Job(Sequence):
@@ -28,8 +29,8 @@ class Job(Sequence):
         """Passes a result, or the exception that ended the job, to who waits. Any thread; never blocks or raises."""
         self.done = False
 
-    def accept(self, logits: NDArray[np.float32]) -> object | None:
-        """Takes logits [r, V] of positions `wanted` …; returns what to deliver. Sets `done` when that was the last."""
+    def accept(self, logits: NDArray[np.float32]) -> Iterator[object]:
+        """Takes logits [r, V] of positions `wanted` …; yields what to deliver. Sets `done` when that was the last."""
         raise NotImplementedError
 
 
@@ -43,10 +44,11 @@ class Generation(Job):
         *,
         stop_tokens: frozenset[int],
         vocab_size: int,
+        speculate: bool,
         deliver: Callable[[object], None],
     ) -> None:
         """tokens: the prompt, then room for the longest answer. stop_tokens: all that end this answer. vocab_size: the
-        ids below it can be drawn."""
+        ids below it can be drawn. speculate: propose tokens."""
         n_prompt = len(request.prompt)
         super().__init__(tokens, length=n_prompt, wanted=n_prompt - 1, deliver=deliver)
         self._request = request
@@ -55,28 +57,56 @@ class Generation(Job):
         self._stop_ids = np.array(sorted(stop_tokens), dtype=np.intp)
         self._vocab_size = vocab_size
         self._sampler = Sampler(request.sampling)
+        self._speculation = Speculation(tokens, n_prompt=n_prompt) if speculate else None
+        self._proposed = self._accepted = 0
         self._submitted = perf_counter()
         self._first_token: float | None = None
 
-    def accept(self, logits: NDArray[np.float32]) -> Output:
-        row = logits[0]
-        request = self._request
+    def propose(self, limit: int, *, beside: int) -> int:
+        if self._speculation is None:
+            return 0
+        # The step yields a token besides those proposed, and the answer's last token need not be computed.
+        limit = min(limit, len(self.tokens) - self.length - 1)
+        n_proposed = self._speculation.propose(limit, beside=beside)
+        proposed = self.tokens[self.length : self.length + n_proposed].tolist()
+        # Nothing comes after a stop token: it need not be computed either.
+        return next((i for i, token in enumerate(proposed) if token in self._stop_tokens), n_proposed)
+
+    def accept(self, logits: NDArray[np.float32]) -> Iterator[Output]:
+        # A row counts as long as every proposed token before it is the one that was drawn: then it is the row that
+        # decoding token by token would have computed, and what is drawn from it, by the same random number, the same.
+        proposed = self.tokens[self.length : self.length + len(logits) - 1].tolist()
+        self._proposed += len(proposed)
+        for row, expected in zip(logits, [*proposed, None], strict=True):
+            token = self._draw(row)
+            self._accepted += token == expected
+            yield self._output(row, token)
+            if self.done or token != expected:
+                break
+        if self._speculation is not None and not self.done:
+            self._speculation.update(self.length)
+
+    def _draw(self, row: NDArray[np.float32]) -> int:
         generated = self.length - self._n_prompt
         token = self._sampler.draw(
             row[: self._vocab_size],
             tokens=self.tokens[: self.length],
             n_prompt=self._n_prompt,
-            banned=self._stop_ids if generated < request.min_tokens else None,
+            banned=self._stop_ids if generated < self._request.min_tokens else None,
         )
         self.tokens[self.length] = token
         self.length += 1
         self.wanted += 1
+        return token
+
+    def _output(self, row: NDArray[np.float32], token: int) -> Output:
         now = perf_counter()
         if self._first_token is None:
             self._first_token = now
+        n_logprobs = self._request.logprobs
         return Output(
             token=token,
-            logprobs=None if request.logprobs is None else logprobs(row, token, request.logprobs),
+            logprobs=None if n_logprobs is None else logprobs(row, token, n_logprobs),
             finish=self._finish(token, now),
         )
 
@@ -91,7 +121,13 @@ class Generation(Job):
         return Finish(
             reason="stop" if stopped else "length",
             stop_token=token if is_stop_token else None,
-            usage=Usage(prompt=self._n_prompt, cached=self.cached, generated=self.length - self._n_prompt),
+            usage=Usage(
+                prompt=self._n_prompt,
+                cached=self.cached,
+                generated=self.length - self._n_prompt,
+                proposed=self._proposed,
+                accepted=self._accepted,
+            ),
             timings=Timings(first_token=self._first_token - self._submitted, decode=now - self._first_token),
         )
 
@@ -106,9 +142,10 @@ class Scoring(Job):
         self._first = start - 1
         self._result = np.empty(len(tokens) - start, dtype=np.float64)
 
-    def accept(self, logits: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    def accept(self, logits: NDArray[np.float32]) -> Iterator[NDArray[np.float64]]:
         first, end = self.wanted, self.wanted + len(logits)
         self._result[first - self._first : end - self._first] = log_probability(logits, self._targets[first:end])
         self.wanted = end
-        self.done = self.wanted == self.length
-        return self._result if self.done else None
+        if self.wanted == self.length:
+            self.done = True
+            yield self._result

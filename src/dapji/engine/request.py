@@ -132,6 +132,10 @@ class Usage:
     """Prompt tokens whose keys and values were already in the cache when the request was admitted."""
     generated: int
     """An end token included."""
+    proposed: int
+    """Tokens computed on the guess that they come next (docs/engine.md, speculation)."""
+    accepted: int
+    """Those of them that did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

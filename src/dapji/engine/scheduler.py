@@ -9,6 +9,9 @@ The policy, in full:
 - A step holds at most `budget` tokens. Every admitted sequence that needs a single token gets it: a stream advances at
   every step. The prompts get the rest, but beside streams at most `mixed_prompt_tokens`, so that a long prompt slows
   streams down instead of stopping them. They share it evenly; what a short one leaves goes to the longer.
+- In a step of streams alone each may add proposed tokens (`Sequence.propose`), up to an even share of what is left of
+  MAX_STEP_TOKENS and as far as there are blocks. With more than half as many streams none does: the step is as good as
+  full.
 - A sequence that needs a block when none is left takes those of the youngest, which goes back to the head of the
   queue and is computed again later (its tokens are kept). The oldest always advances, so every sequence ends.
 """
@@ -25,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.engine.blocks import BlockPool, chain_key
+from dapji.engine.speculation import MAX_STEP_TOKENS
 from dapji.ops.batch import KV_BLOCK, Batch
 
 MAX_ROWS = 128
@@ -35,7 +39,7 @@ class Sequence:
     """Tokens on their way through the model.
 
     `computed` <= `wanted` < `length`: the cache holds the first `computed` tokens; logits are wanted from position
-    `wanted` on. Once computed == length there is nothing left to do.
+    `wanted` on. Once wanted == length there is nothing left to do.
     """
 
     def __init__(self, tokens: NDArray[np.int32], *, length: int, wanted: int) -> None:
@@ -53,6 +57,14 @@ class Sequence:
     @property
     def remaining(self) -> int:
         return self.length - self.computed
+
+    def propose(self, limit: int, *, beside: int) -> int:
+        """Writes up to `limit` likely next tokens into `tokens`; returns how many. None here.
+
+        The next step computes them; they become part of the sequence once `length` has passed over them. beside: other
+        tokens in that step.
+        """
+        return 0
 
     def _extend_keys(self, n: int) -> None:
         for i in range(len(self._keys), n):
@@ -79,10 +91,13 @@ class Sequence:
             self.cached = self.computed
         return True
 
-    def advance(self, computed: int, pool: BlockPool) -> None:
-        """The cache now holds the first `computed` tokens: blocks that became full are published."""
-        self.computed = computed
-        n_full = computed // KV_BLOCK
+    def advance(self, end: int, pool: BlockPool) -> None:
+        """A step computed the tokens up to `end` and its rows were taken: blocks that became full are published.
+
+        What the cache holds beyond `wanted` is of proposed tokens that were not drawn, and will be overwritten.
+        """
+        self.computed = min(end, self.wanted)
+        n_full = self.computed // KV_BLOCK
         if n_full > self._n_published:
             self._extend_keys(n_full)
             for i in range(self._n_published, n_full):
@@ -105,7 +120,7 @@ class Chunk(Generic[S]):
 
     sequence: S
     end: int
-    """Its tokens up to here are in the cache after the step."""
+    """Its tokens up to here are computed; those from `sequence.length` on are proposed."""
     rows: slice
     """Its rows of the step's logits: positions `sequence.wanted` to end - 1. May be empty."""
 
@@ -147,7 +162,7 @@ class Scheduler(Generic[S]):
             self._waiting.remove(sequence)
 
     def advance(self, chunks: list[Chunk[S]]) -> None:
-        """The step is done. Sequences that were removed meanwhile are passed over."""
+        """The step is done and its rows are taken. Sequences that were removed meanwhile are passed over."""
         for chunk in chunks:
             if chunk.sequence.blocks:
                 chunk.sequence.advance(chunk.end, self.pool)
@@ -185,15 +200,17 @@ class Scheduler(Generic[S]):
 
     def _shares(self) -> Iterator[tuple[S, int]]:
         """Each sequence of the step with the end of its chunk."""
-        prompts = []
-        left = self._budget
-        for sequence in self._running:
-            if sequence.remaining == 1:
-                yield sequence, sequence.length
-                left -= 1
-            else:
-                prompts.append(sequence)
-        if left < self._budget:  # there are streams
+        streams = [sequence for sequence in self._running if sequence.remaining == 1]
+        prompts = [sequence for sequence in self._running if sequence.remaining > 1]
+        n_tokens = len(streams)
+        most = 0 if prompts or 2 * n_tokens > MAX_STEP_TOKENS else min(MAX_STEP_TOKENS, self._budget)
+        for i, sequence in enumerate(streams):
+            limit = (most - n_tokens) // (len(streams) - i)
+            n_proposed = self._propose(sequence, limit, beside=n_tokens - 1) if limit > 0 else 0
+            yield sequence, sequence.length + n_proposed
+            n_tokens += n_proposed
+        left = self._budget - n_tokens
+        if streams:
             left = min(left, max(self._mixed_prompt_tokens, len(prompts)))
         prompts.sort(key=lambda sequence: sequence.remaining)
         for i, sequence in enumerate(prompts):
@@ -201,6 +218,15 @@ class Scheduler(Generic[S]):
             take = min(rest, left // (len(prompts) - i))
             yield sequence, sequence.computed + take
             left -= take
+
+    def _propose(self, sequence: S, limit: int, *, beside: int) -> int:
+        """How many tokens the sequence proposes, limit < KV_BLOCK. No other gives up blocks for them."""
+        n_proposed = sequence.propose(limit, beside=beside)
+        slots = len(sequence.blocks) * KV_BLOCK - sequence.length
+        if n_proposed > slots and self.pool.available:
+            sequence.blocks.append(self.pool.allocate())
+            slots += KV_BLOCK
+        return min(n_proposed, slots)
 
 
 def _batch(chunks: list[Chunk[S]], n_rows: int) -> Batch:

@@ -103,6 +103,7 @@ def measure_speed(
 ) -> Speed:
     """Measure the limits, a prompt and an answer in turn, `repeats` times, after one turn that does not count.
 
+    engine: without speculation, so that each token of an answer is a step.
     progress: called 3 * (repeats + 1) times. Raises UsageError where the engine's context is too short.
     """
     for name, value, least in (("prompt", n_prompt, 1), ("decode", n_decode, 1), ("depth", depth, 0)):
