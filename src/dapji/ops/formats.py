@@ -58,10 +58,6 @@ class Format:
         assert cols % self.block == 0
         return cols // self.block * self.block_bytes
 
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.block_bytes / self.block
-
     def dequantize(self, data: Bytes) -> Floats:
         """[rows, row_bytes] uint8 -> [rows, cols] float32, exact. F32 is a view of `data` where that is contiguous."""
         rows, row_bytes = data.shape
