@@ -28,12 +28,34 @@ def test_what_cannot_be_pulled_has_a_reason_and_a_hint(dapji: Dapji, tmp_path: P
     result = dapji("pull", f"file:{tmp_path}/none.gguf")
     assert (result.code, result.out) == (1, "")
     assert f"file:{tmp_path}/none.gguf: {tmp_path} lacks none.gguf" in result.err
-    assert "hint: with a copy of the file" in result.err
+    assert "hint:" not in result.err  # a copy of the file is what was asked for
     unknown = dapji("pull", "smolm2")
     assert unknown.code == 1
     assert "did you mean smollm2" in unknown.err
     assert "hint: dapji pull smollm2-135m" in unknown.err
     assert dapji("pull").code == 2
+
+
+def test_a_path_or_a_source_in_the_wrong_place_is_told_how_to_become_a_model(
+    dapji: Dapji, tiny: Path, tmp_path: Path
+) -> None:
+    assert dapji("pull", tiny).err.endswith(f"\nhint: dapji pull file:{tiny} installs what is there\n")
+    assert dapji("show", "hf:a/b").err.endswith("\nhint: dapji pull hf:a/b installs it under a name\n")
+    assert dapji("show", "").err.startswith("error: no model '' is installed")  # not the working folder
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert f"\nhint: name one: file:{tmp_path}/FILE\n" in dapji("pull", f"file:{tmp_path}").err
+
+
+def test_a_store_that_cannot_be_one_has_a_remedy(
+    dapji: Dapji, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAPJI_HOME", str(tiny))
+    result = dapji("pull", f"file:{tiny}")
+    assert result.code == 1
+    assert result.err == (
+        f"error: no access to {tiny}/models: Not a directory\nhint: set DAPJI_HOME to a folder that you may write to\n"
+    )
 
 
 def test_list_of_an_empty_store_is_the_catalogue(dapji: Dapji) -> None:

@@ -92,7 +92,7 @@ class Source(Protocol):
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No room on the disk, for this user, or in a file of this file system (FAT ends at 4 GB)."""
-STORAGE_ERRNOS = FULL_ERRNOS | {errno.EACCES, errno.EPERM, errno.EROFS}
+STORAGE_ERRNOS = FULL_ERRNOS | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """Our disk's fault: no other source would help."""
 
 
@@ -160,11 +160,12 @@ def gguf_shards(name: str) -> list[str]:
     return [f"{stem}-{i:05}-of-{count}.gguf" for i in range(1, int(count) + 1)]
 
 
-def model_files(names: Iterable[str], where: str) -> list[str]:
+def model_files(names: Iterable[str], where: str, *, separator: str = "/") -> list[str]:
     """Which of a folder's files make the model: config, safetensors, tokenizer, template, licence; or its one GGUF.
 
-    Names are relative to the folder; those in subfolders do not belong to the layout. `where` is for messages.
-    Raises UsageError where several GGUF files offer a choice, DownloadError where there is nothing that we load.
+    Names are relative to the folder; those in subfolders do not belong to the layout. `where` is for messages,
+    `separator` what stands between it and the name of one file. Raises UsageError where several GGUF files offer a
+    choice, DownloadError where there is nothing that we load.
     """
     names = sorted(names)
     root = [n for n in names if PurePosixPath(n).name == n]
@@ -174,7 +175,8 @@ def model_files(names: Iterable[str], where: str) -> list[str]:
     ggufs = {gguf_shards(n)[0] for n in names if n.endswith(".gguf")}
     if len(ggufs) > 1:
         raise UsageError(
-            f"{where} holds {len(ggufs)} GGUF files: {', '.join(sorted(ggufs))}", hint=f"name one: {where}:FILE"
+            f"{where} holds {len(ggufs)} GGUF files: {', '.join(sorted(ggufs))}",
+            hint=f"name one: {where}{separator}FILE",
         )
     if ggufs:
         return gguf_shards(ggufs.pop()) + [

