@@ -100,7 +100,7 @@ def test_unknown_model_is_an_error_with_a_hint(dapji: Dapji) -> None:
     assert (code, out) == (1, "")
     message, hint = err.splitlines()
     assert message.startswith(
-        "error: no model smollm2-135mm is installed or known, and no such file exists; did you mean smollm2-135m or "
+        "error: no model 'smollm2-135mm' is installed or known, and no such file exists; did you mean smollm2-135m or "
     )
     assert hint == "hint: dapji pull smollm2-135m"
 
@@ -109,7 +109,9 @@ def test_unknown_model_is_an_error_with_a_hint(dapji: Dapji) -> None:
     ("error", "code", "said"),
     [
         (UsageError("wrong", hint="right"), 1, "error: wrong\nhint: right\n"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "error: [Errno 13] Permission denied: '/x'\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), 1, "error: Resource temporarily unavailable\n"),
+        (OSError("what a library made up"), 1, "error: what a library made up\n"),
         (MemoryError(), 1, "error: not enough memory\nhint: "),
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.Abort(), 130, "interrupted"),
@@ -155,8 +157,22 @@ def test_reader_that_goes_away(endless: Path) -> None:
 def test_full_disk(tiny: Path) -> None:
     with Path("/dev/full").open("wb") as full, process("run", tiny, "hello\n", stdout=full) as child:
         assert child.stderr is not None
-        assert child.stderr.read() == b"error: [Errno 28] No space left on device\n"
+        assert child.stderr.read() == b"error: No space left on device\n"
         assert child.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [
+        ("<&-", 1, b"error: the prompt is empty\nhint: give text as an argument or on stdin\n"),
+        ("hello >&-", 0, b""),
+        ("hello 2>&-", 0, b""),
+    ],
+)
+def test_streams_that_whoever_started_us_closed(tiny: Path, closed: str, code: int, said: bytes) -> None:
+    shell = f'"$1" -m dapji run "$2" {closed}'
+    done = subprocess.run(["sh", "-c", shell, "sh", sys.executable, tiny], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_pipes_carry_utf8_whatever_the_locale(tiny: Path) -> None:

@@ -64,11 +64,11 @@ def test_max_chunks(endless: Path, dapji: Dapji) -> None:
     ("arguments", "stdin", "code", "message"),
     [
         (["--chunk", "33"], TEXT, 2, "--chunk must be even, got 33"),
-        (["--chunk", "2"], TEXT, 2, "2 is not in the range x>=4"),
+        (["--chunk", "2"], TEXT, 2, "2 is not in the range x>=6"),
         (["--chunk", "200000"], TEXT, 1, "a context of 200000 tokens was asked for, but the model has 131072"),
         ([], "short", 1, "the text has 5 tokens, fewer than one chunk (512)"),
         ([], b"\xff", 1, "stdin is not UTF-8"),
-        (["no-such-file.txt"], "", 1, "No such file or directory: 'no-such-file.txt'"),
+        (["no-such-file.txt"], "", 1, "no-such-file.txt: No such file or directory"),
         (["LATIN1"], "", 2, "latin1.txt is not UTF-8: unexpected end of data at byte 3"),
     ],
 )

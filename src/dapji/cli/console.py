@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -15,8 +16,14 @@ _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 """Control characters but tab and newline -> their picture in Unicode's block Control Pictures."""
 
 
-def set_encodings() -> None:
-    """Pipes and files carry UTF-8 whatever the locale; a terminal shows `?` for what its own encoding lacks."""
+def prepare_streams() -> None:
+    """Pipes and files carry UTF-8 whatever the locale; a terminal shows `?` for what its own encoding lacks.
+
+    A stream that was closed before we started (`dapji … <&-`) is None in Python; it becomes the null device.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 open till the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dapji import __version__
-from dapji.cli.console import print_error, set_encodings, wants_colour
+from dapji.cli.console import prepare_streams, print_error, wants_colour
 from dapji.errors import DapjiError
 
 COMMANDS = {
@@ -86,7 +86,7 @@ def cli(ctx: click.Context) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; `cli` documents the exit codes."""
-    set_encodings()
+    prepare_streams()
     try:
         result: Any = cli.main(args=argv, prog_name="dapji", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         print_error(error.message, error.hint)
         sys.exit(1)
     except OSError as error:  # the disk is full, a file may not be read: the machine's failures, not ours
-        print_error(str(error))
+        where = "" if error.filename is None else f"{error.filename}: "
+        print_error(f"{where}{error.strerror or error}")
         sys.exit(1)
     except MemoryError:
         print_error("not enough memory", hint="a smaller model, or a smaller --context; `dapji doctor` tells what fits")

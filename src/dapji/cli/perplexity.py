@@ -15,7 +15,7 @@ from dapji.cli.options import executor_options
 @click.command()
 @click.argument("model")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
-@click.option("--chunk", type=click.IntRange(4), default=512, show_default=True, help="Tokens per chunk, even.")
+@click.option("--chunk", type=click.IntRange(6), default=512, show_default=True, help="Tokens per chunk, even.")
 @click.option("--max-chunks", type=click.IntRange(1), help="Stop after so many chunks [default: the whole text].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @executor_options

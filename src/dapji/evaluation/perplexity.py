@@ -51,7 +51,8 @@ def perplexity(
     n_chunks = len(tokens) // chunk
     if n_chunks == 0:
         raise UsageError(
-            f"the text has {len(tokens)} tokens, fewer than one chunk ({chunk})", hint="take a longer text or --chunk"
+            f"the text has {len(tokens)} tokens, fewer than one chunk ({chunk})",
+            hint="take a longer text or smaller chunks",
         )
     if max_chunks is not None:
         n_chunks = min(n_chunks, max_chunks)
