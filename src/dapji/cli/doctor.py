@@ -36,7 +36,7 @@ class Problem:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 def command(as_json: bool) -> None:
-    """Tell which kernels were chosen and why, what this machine has, where models lie, and what is
+    """Tell which kernels were chosen and why, what this machine has, where models live, and what is
     wrong, with remedies. Downloads nothing, measures nothing, writes nothing.
 
     \b
