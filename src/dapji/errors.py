@@ -9,7 +9,7 @@
     │   └── ContextError       a prompt (plus what is asked for) does not fit the context
     ├── ModelNotFound          no such model in the store or the catalogue
     ├── DownloadError          no source delivered the model; names each source and why it failed
-    │   └── IntegrityError     bytes arrived, but their hash is not the pinned one
+    │   └── IntegrityError     bytes arrived, but with another hash than the pinned one, or no whole model
     ├── UnavailableError       a part that this installation lacks (compiler, torch, huggingface_hub)
     └── UsageError             a command line or an API call that makes no sense
 
@@ -65,7 +65,7 @@ class DownloadError(DapjiError):
 
 
 class IntegrityError(DownloadError):
-    """Bytes arrived, but their sha256 is not the pinned one."""
+    """Bytes arrived, but their sha256 is not the pinned one, or they are no whole model."""
 
 
 class UnavailableError(DapjiError):

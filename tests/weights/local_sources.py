@@ -26,6 +26,20 @@ def gguf_bytes(folder: Path, n_values: int = 50_000, seed: int = 0) -> bytes:
     return data
 
 
+def split_gguf(folder: Path, count: int, *, declared: int | None = None) -> list[Path]:
+    """The files of a split model, m-00001-of-…, of one tensor per part."""
+    paths = [folder / f"m-{index + 1:05}-of-{count:05}.gguf" for index in range(count)]
+    for index, path in enumerate(paths):
+        metadata = {
+            "split.no": np.uint16(index),
+            "split.count": np.uint16(count),
+            "split.tensors.count": np.int32(count if declared is None else declared),
+        }
+        values = np.full((2, 2), index, dtype=np.float32)
+        write_gguf(path, metadata, [TensorToWrite.of(f"w{index}", Tensor.from_float32("w", values))])
+    return paths
+
+
 class Hub:
     """Repositories of one owner, over HTTP as huggingface_hub expects it; large files by redirect, as the real one."""
 

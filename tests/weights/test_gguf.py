@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from local_sources import split_gguf
 
 from dapji.errors import FormatError, ModelNotFound
 from dapji.ops.formats import FORMATS
@@ -150,27 +151,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def split(folder: Path, count: int, *, declared: int | None = None) -> list[Path]:
-    """A model of one tensor per part."""
-    paths = [folder / f"m-{index + 1:05}-of-{count:05}.gguf" for index in range(count)]
-    for index, path in enumerate(paths):
-        metadata = {
-            "split.no": np.uint16(index),
-            "split.count": np.uint16(count),
-            "split.tensors.count": np.int32(count if declared is None else declared),
-        }
-        values = np.full((2, 2), index, dtype=np.float32)
-        write_gguf(path, metadata, [TensorToWrite.of(f"w{index}", Tensor.from_float32("w", values))])
-    return paths
-
-
 def test_a_split_model_is_one_model(tmp_path: Path) -> None:
-    read = read_gguf(split(tmp_path, 3)[0])
+    read = read_gguf(split_gguf(tmp_path, 3)[0])
     assert [float(read.tensors[f"w{i}"].float32()[1, 1]) for i in range(3)] == [0.0, 1.0, 2.0]
 
 
 def test_splits_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
-    paths = split(tmp_path, 3)
+    paths = split_gguf(tmp_path, 3)
     with pytest.raises(FormatError, match=r"part 1 .* of 3") as error:
         read_gguf(paths[1])
     assert "m-00001-of-00003.gguf" in str(error.value)
@@ -189,13 +176,13 @@ def test_splits_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="m-00003-of-00003"):
         read_gguf(paths[0])
     paths[2].write_bytes(third)
-    split(tmp_path, 3, declared=4)
+    split_gguf(tmp_path, 3, declared=4)
     with pytest.raises(FormatError, match="all parts have 4 tensors, they have 3"):
         read_gguf(paths[0])
 
 
 def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
-    paths = split(tmp_path, 2)
+    paths = split_gguf(tmp_path, 2)
     paths[1].write_bytes(paths[1].read_bytes().replace(b"w1", b"w0"))
     with pytest.raises(FormatError, match="'w0' is also in"):
         read_gguf(paths[0])

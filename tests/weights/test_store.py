@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_sources import Hub, gguf_bytes, make_wheel
+from local_sources import Hub, gguf_bytes, make_wheel, split_gguf
 
 from dapji.errors import DownloadError, FormatError, IntegrityError, ModelNotFound, UsageError
 from dapji.weights import catalogue, sources_hub, store
 
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file."""
 REPOSITORY = "maker/tiny-GGUF"
 SPEC = f"hf:{REPOSITORY}:tiny.gguf"
 
@@ -70,6 +72,7 @@ def test_a_folder_brings_what_makes_the_model_and_nothing_else(home: Path, tmp_p
     names = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "LICENSE", "dapji.json"]
     for name in (*names, "pytorch_model.bin", "train.py", "optimizer.pt"):
         (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(NO_TENSORS)
     (folder / "dapji.json").write_text('{"lineage": ["a base"]}')
     installed = store.pull(f"file:{folder}", name="mine")
     assert installed == home / "models" / "mine"
@@ -80,14 +83,27 @@ def test_a_folder_brings_what_makes_the_model_and_nothing_else(home: Path, tmp_p
 
 
 def test_a_split_gguf_comes_whole_and_opens_at_its_first_part(home: Path, tmp_path: Path) -> None:
-    for part in (1, 2):
-        (tmp_path / f"m-0000{part}-of-00002.gguf").write_bytes(b"GGUF%d" % part)
+    first, second = split_gguf(tmp_path, 2)
     installed = store.pull(f"file:{tmp_path / 'm-00002-of-00002.gguf'}", name="m")
     assert installed.name == "m-00001-of-00002.gguf"
-    assert (installed.parent / "m-00002-of-00002.gguf").read_bytes() == b"GGUF2"
-    (tmp_path / "m-00001-of-00002.gguf").unlink()
+    assert (installed.parent / second.name).read_bytes() == second.read_bytes()
+    first.unlink()
     with pytest.raises(DownloadError, match=r"lacks m-00001-of-00002.gguf"):
         store.pull(f"file:{tmp_path / 'm-00002-of-00002.gguf'}", name="other")
+
+
+def test_what_cannot_be_opened_does_not_become_a_model(home: Path, hub: Hub, data: bytes, tmp_path: Path) -> None:
+    """Where no hash is pinned, a hash that fits may still be that of half a file."""
+    (tmp_path / "half.gguf").write_bytes(data[:-1])
+    with pytest.raises(IntegrityError, match=rf"cannot be opened: half\.gguf: .* the file has {len(data) - 1}"):
+        store.pull(f"file:{tmp_path / 'half.gguf'}")
+    hub.repositories["maker/Folder"] = {"config.json": b"{}", "model.safetensors": NO_TENSORS[:-1]}
+    with pytest.raises(IntegrityError, match=r"cannot be opened: model\.safetensors: "):
+        store.pull("hf:maker/Folder")
+    assert store.installed() == []
+    assert (tmp_path / "half.gguf").read_bytes() == data[:-1]
+    hub.repositories["maker/Folder"]["model.safetensors"] = NO_TENSORS  # the maker's mistake, mended
+    assert store.pull("hf:maker/Folder") == home / "models" / "folder"
 
 
 def test_one_file_of_the_hub(home: Path, hub: Hub, data: bytes) -> None:
@@ -104,7 +120,7 @@ def test_one_file_of_the_hub(home: Path, hub: Hub, data: bytes) -> None:
 def test_a_whole_repository_of_the_hub(home: Path, hub: Hub, tmp_path: Path) -> None:
     hub.repositories["maker/Folder"] = {
         "config.json": b"{}",
-        "model.safetensors": b"weights",
+        "model.safetensors": NO_TENSORS,
         "original/model.safetensors": b"the same in another layout",
         "tokenizer.json": b"{}",
         "model.bin": b"pickle",
