@@ -150,3 +150,75 @@ def test_rows_are_asked_for_in_portions() -> None:
             plan.remove(scored)
     assert sizes == [MAX_ROWS, MAX_ROWS, MAX_ROWS, 500 - 3 * MAX_ROWS]
     assert plan.pool.available == 100
+
+
+class Proposing(Sequence):
+    """Proposes all that it may."""
+
+    def __init__(self, n_prompt: int, *, room: int = 100, first: int = 0) -> None:
+        tokens = np.arange(first, first + n_prompt + room, dtype=np.int32)
+        super().__init__(tokens, length=n_prompt, wanted=n_prompt - 1)
+        self.beside: list[int] = []
+
+    def propose(self, limit: int, *, beside: int) -> int:
+        self.beside.append(beside)
+        return limit
+
+
+def accept(plan: Scheduler[Sequence], n_accepted: int) -> list[int]:
+    """One step, in which n_accepted proposals of each sequence turn out right; returns how many tokens each had."""
+    chunks, batch = plan.plan()
+    taken = {chunk.sequence: chunk.end - chunk.sequence.computed for chunk in chunks}
+    check(batch, taken)
+    for chunk in chunks:
+        if n_rows := chunk.rows.stop - chunk.rows.start:
+            chunk.sequence.length += min(n_accepted + 1, n_rows)
+            chunk.sequence.wanted = chunk.sequence.length - 1
+    plan.advance(chunks)
+    return list(taken.values())
+
+
+def test_streams_share_the_room_for_proposals() -> None:
+    for sizes in ([8], [4, 4], [2, 3, 3], [2, 2, 2, 2], [1] * 5):
+        plan = scheduler()
+        streams = [Proposing(5, first=1000 * i) for i in range(len(sizes))]
+        for stream in streams:
+            plan.add(stream)
+        accept(plan, 0)
+        assert accept(plan, 0) == sizes
+        others = [len(sizes) - 1 + sum(sizes[:i]) - i for i in range(len(sizes))]
+        assert [stream.beside for stream in streams] == [[n] if sizes[0] > 1 else [] for n in others]
+    plan = scheduler(budget=5, max_running=5)
+    plan.add(Proposing(5))
+    accept(plan, 0)
+    assert accept(plan, 0) == [5]
+
+
+def test_a_step_that_reads_a_prompt_has_no_proposals() -> None:
+    plan = scheduler()
+    plan.add(Proposing(5))
+    accept(plan, 0)
+    plan.add(Proposing(20, first=500))
+    assert [accept(plan, 0) for _ in range(3)] == [[1, 16], [1, 4], [4, 4]]
+
+
+def test_proposals_take_a_block_that_is_free_and_no_other() -> None:
+    for n_blocks, sizes in ((2, [2, 1]), (3, [4, 1])):
+        plan = scheduler(n_blocks=n_blocks)
+        plan.add(Proposing(13, room=19))
+        accept(plan, 0)
+        plan.add(sequence(10, room=4, first=500))
+        assert accept(plan, 0) == [1, 10]
+        assert accept(plan, 0) == sizes  # 15 tokens in a block of 16, and the other's 11 in one of its own
+        assert plan.pool.available == 0
+
+
+def test_blocks_are_published_without_rejected_proposals() -> None:
+    plan = scheduler()
+    plan.add(stream := Proposing(13))
+    accept(plan, 0)
+    for n_accepted, computed, n_published in ((1, 15, 0), (0, 16, 1), (7, 24, 1), (6, 31, 1), (0, 32, 2)):
+        assert accept(plan, n_accepted) == [8]
+        assert (stream.computed, len(plan.pool._block_of)) == (computed, n_published)
+    plan.remove(stream)
+    assert plan.pool.available == 100
