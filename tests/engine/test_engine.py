@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapji.engine import Engine, Output, Request, Sampling, Stream
-from dapji.errors import ContextError, DapjiError, RequestError, UsageError
+from dapji.errors import ContextError, DapjiError, FormatError, RequestError, UsageError
 
 GREEDY = Sampling(temperature=0)
 
@@ -319,7 +319,7 @@ def test_logits_without_a_maximum_are_an_error_of_the_request() -> None:
         def step(self, batch: Any) -> Any:
             return np.full_like(super().step(batch), np.nan)
 
-    with Engine(Broken()) as engine, pytest.raises(FloatingPointError, match="nan"):
+    with Engine(Broken()) as engine, pytest.raises(FormatError, match="nan"):
         next(engine.generate(request([1])))
 
 

@@ -11,6 +11,7 @@ from transformers.generation import logits_process
 
 from dapji.engine.request import Sampling
 from dapji.engine.sampling import Sampler, distribution, log_probability, logprobs, top_indices
+from dapji.errors import FormatError
 
 V = 500
 NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -161,7 +162,7 @@ def test_logits_that_are_not_numbers_are_an_error(broken: float) -> None:
     scores = random_logits(5)
     scores[17] = broken
     for temperature in (0.0, 1.0):
-        with pytest.raises(FloatingPointError, match="token 17"):
+        with pytest.raises(FormatError, match="token 17"):
             Sampler(Sampling(temperature=temperature)).draw(scores, tokens=NO_TOKENS, n_prompt=0)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dapji.engine import Engine
-from dapji.errors import ContextError, UsageError
+from dapji.errors import ContextError, FormatError, UsageError
 from dapji.evaluation.perplexity import perplexity
 from dapji.models import families
 from dapji.models.executor import ReferenceExecutor
@@ -91,3 +91,15 @@ def test_numbers_that_make_no_sense(engine: Engine) -> None:
         perplexity(engine, text(100), chunk=48, max_chunks=0)
     with pytest.raises(ContextError, match="66 tokens"):
         perplexity(engine, text(100), chunk=66)
+
+
+def test_a_model_whose_weights_are_not_numbers_has_no_perplexity(llama: LlamaForCausalLM) -> None:
+    values = {name: value.numpy().copy() for name, value in llama.state_dict().items()}
+    values["model.norm.weight"][3] = np.nan
+    tensors = {name: Tensor.from_float32(name, value) for name, value in values.items()}
+    config, weights = families.from_hf(llama.config.to_diff_dict(), tensors)
+    with (
+        Engine(ReferenceExecutor(config, weights, context=64, n_blocks=4)) as engine,
+        pytest.raises(FormatError, match="chunk 0: the model's logits are not numbers"),
+    ):
+        perplexity(engine, text(CHUNK), chunk=CHUNK)

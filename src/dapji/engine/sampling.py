@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.engine.request import Logprobs, Sampling
+from dapji.errors import FormatError
 
 _CHUNK = 64  # of `top_indices`: long enough that maxima are cheap, short enough that few other values pass
 _FEW = 1024  # of `_nearest`: a nucleus is rarely larger
@@ -37,7 +38,7 @@ class Sampler:
     ) -> int:
         """The next token. logits [V] stays as it is; tokens: the sequence so far, its first n_prompt the prompt.
 
-        banned: ids that get no probability. Raises FloatingPointError where the logits leave nothing to draw from.
+        banned: ids that get no probability. Raises FormatError where the logits leave nothing to draw from.
         """
         scores = self.penalized(logits, tokens=tokens, n_prompt=n_prompt)
         if banned is not None:
@@ -45,7 +46,10 @@ class Sampler:
             scores[banned] = -np.inf
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
-            raise FloatingPointError(f"the largest logit is {scores[best]} (token {best}): no token can be drawn")
+            raise FormatError(
+                f"the model's largest logit is {scores[best]} (token {best}): no token can be drawn",
+                hint="its weights are probably damaged",
+            )
         if self._sampling.temperature == 0:
             return best
         ids, weights = distribution(scores, self._sampling)

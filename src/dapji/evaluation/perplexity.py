@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dapji.engine import Engine
-from dapji.errors import UsageError
+from dapji.errors import FormatError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def perplexity(
     bos_id: where the model wants one, it replaces the first token of every chunk.
     progress: called after each chunk with chunks done, chunks in all, and the perplexity so far.
     Raises UsageError for numbers that make no sense and a text shorter than one chunk, ContextError where a chunk
-    exceeds the engine's context.
+    exceeds the engine's context, FormatError where the model gives no numbers.
     """
     if chunk < 6 or chunk % 2:  # an error needs two scored tokens
         raise UsageError(f"chunk ({chunk}) must be an even number of at least 6 tokens")
@@ -62,6 +62,8 @@ def perplexity(
         if bos_id is not None:
             ids[0] = bos_id
         losses[i] = -engine.score(ids, start=chunk // 2 + 1)
+        if np.isnan(losses[i]).any():
+            raise FormatError(f"chunk {i}: the model's logits are not numbers", hint="its weights are probably damaged")
         if progress is not None:
             progress(i + 1, n_chunks, math.exp(float(losses[: i + 1].mean())))
     value = math.exp(float(losses.mean()))
