@@ -224,13 +224,14 @@ struct Attention {
     float most = 0;
     for (int d = 0; d < n; ++d) {
       const float size = x[d] < 0 ? -x[d] : x[d];
-      most = size > most ? size : most;
+      most = size > most || size != size ? size : most;
     }
     return most;
   }
 
+  // An infinity or a NaN is in the scale, which makes every value NaN; what is below normal numbers counts as zero.
   DAPJI_INLINE static typename S::I codes(F x, float scale) {
-    return S::to_int(S::mul(x, S::set(scale > 0 ? 1.0f / scale : 0.0f)));
+    return __builtin_isnormal(scale) ? S::to_int(S::mul(x, S::set(1.0f / scale))) : S::set_int(0);
   }
 
   // Keys of one tile as float32 [Dh][16]: in place, or unpacked to `into`.

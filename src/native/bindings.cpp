@@ -154,9 +154,6 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Panels>(m, "Panels")
-      .def_prop_ro("nbytes", &Panels::nbytes)
-      .def_prop_ro("shape",
-                   [](const Panels& panels) { return std::make_tuple(panels.view().rows, panels.view().cols); })
       .def(
           "dequantize_row",
           [](const Panels& panels, std::int64_t row, nb::ndarray<float, nb::ndim<1>, nb::c_contig> out) {
@@ -165,9 +162,9 @@ NB_MODULE(_native, m) {
             }
             dequantize_row(panels.view(), row, out.data());
           },
-          "row"_a, "out"_a);
+          "row"_a, "out"_a.noconvert());
   m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a);
-  m.def("linear", &linear, "isa"_a, "panels"_a, "x"_a, "y"_a);
+  m.def("linear", &linear, "isa"_a, "panels"_a, "x"_a, "y"_a.noconvert());
 
   nb::class_<Program>(m, "Program")
       .def(
@@ -197,12 +194,11 @@ NB_MODULE(_native, m) {
       .def("add_attention", &Program::add_attention, "q"_a, "k"_a, "v"_a, "output"_a, "layer"_a, "n_heads"_a,
            "window"_a, "rope"_a, "scale"_a)
       .def("add_select", &Program::add_select, "buffers"_a)
-      .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a, "logits"_a)
-      .def("copy_block", &Program::copy_block, "source"_a, "target"_a)
+      .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,
+           "logits"_a.noconvert())
+      .def("copy_block", &Program::copy_block, "source"_a, "target"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("describe", &Program::describe)
       .def("profile", &Program::profile, "on"_a)
       .def("times", &Program::times)
-      .def_prop_ro("cache_bytes", &Program::cache_bytes)
-      .def_prop_ro("buffer_bytes", &Program::buffer_bytes)
-      .def_prop_ro("threads", &Program::threads);
+      .def_prop_ro("cache_bytes", &Program::cache_bytes);
 }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -34,6 +35,7 @@ struct Free {
 }  // namespace
 
 double read_bandwidth(Isa isa, unsigned threads) {
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   const std::size_t share = (std::size_t{256} << 20) / threads / 512 * 512, bytes = share * threads;
   constexpr std::size_t huge = std::size_t{2} << 20;
   const std::unique_ptr<std::uint8_t, Free> memory(
@@ -56,6 +58,7 @@ double read_bandwidth(Isa isa, unsigned threads) {
 }
 
 double int8_peak(Isa isa, unsigned threads) {
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   const std::int64_t rounds = isa == Isa::generic ? 20'000 : 200'000;
   Pool pool(threads);
   std::atomic<std::int32_t> sink{0};

@@ -321,8 +321,9 @@ Panels::Panels(Format format, int64_t rows, int64_t cols) {
   view_.panel_bytes = (static_cast<size_t>(cols / info.block * info.unit_bytes) + 63) / 64 * 64;
   // Huge pages save the TLB misses of a decode step that streams the whole model; only whole ones, to waste nothing.
   const size_t huge = nbytes() / kHugePage * kHugePage;
-  memory_ = static_cast<uint8_t*>(std::aligned_alloc(huge ? kHugePage : 64, (nbytes() + 63) / 64 * 64));
-  if (!memory_) throw std::bad_alloc();
+  void* memory = nullptr;
+  if (posix_memalign(&memory, huge ? kHugePage : 64, nbytes()) != 0) throw std::bad_alloc();
+  memory_ = static_cast<uint8_t*>(memory);
 #if defined(__linux__)
   if (huge) madvise(memory_, huge, MADV_HUGEPAGE);
 #endif

@@ -4,6 +4,8 @@
 // steps they spin for a moment and then sleep, so that an idle process burns nothing. Knows nothing of models.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -23,6 +25,9 @@ class Pool {
 
   unsigned size() const { return size_; }
 
+  // Whether its threads exist: a process that was forked since has none. Such a pool can neither run nor be destroyed.
+  bool alive() const { return getpid() == process_; }
+
   // Calls task(worker) once on every worker, worker in [0, size()), and returns when all have returned. `task` must not
   // throw. One run at a time: the owner serialises.
   template <class Task>
@@ -40,6 +45,7 @@ class Pool {
   void join();
 
   const unsigned size_;
+  const pid_t process_ = getpid();
   Function function_ = nullptr;
   void* task_ = nullptr;
 

@@ -16,8 +16,6 @@ constexpr int kSharesPerWorker = 12;  // of a linear operation on many rows, tak
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
-std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
-
 }  // namespace
 
 void Scratch::reserve(std::size_t n_floats) {
@@ -36,21 +34,24 @@ void Scratch::reserve(std::size_t n_floats) {
 
 Program::Program(Isa isa, int threads, int context, int vocab, KvFormat kv, const std::vector<KvShape>& layers,
                  int n_blocks, const std::vector<int>& widths)
-    : isa_(isa),
-      kernels_(kernels(isa)),
+    : kernels_(kernels(isa)),
       context_(context),
       vocab_(vocab),
-      cache_(kv, layers, n_blocks),
-      pool_(threads < 1 ? throw std::invalid_argument("threads must be at least 1") : static_cast<unsigned>(threads)) {
+      cache_(kv, layers, n_blocks) {
+  if (threads < 1) refuse("threads must be at least 1");
   if (context < 1 || vocab < 1) refuse("context and vocab must be at least 1");
+  pool_ = std::make_unique<Pool>(static_cast<unsigned>(threads));
   for (const int width : widths) {
     if (width < 1) refuse("a buffer's width must be at least 1");
     buffers_.push_back({width, {}});
   }
-  workers_.resize(pool_.size());
+  workers_.resize(pool_->size());
   for (Worker& worker : workers_) worker.matmul.reserve(kScratchBytes / sizeof(float));
   written_.assign(n_blocks, 0);
-  writer_.assign(n_blocks, 0);
+}
+
+Program::~Program() {
+  if (!pool_->alive()) pool_.release();  // its threads stayed in the parent: to wait for them would be for ever
 }
 
 int Program::width(int buffer) const { return buffer == kLogits ? vocab_ : buffers_[buffer].width; }
@@ -108,7 +109,7 @@ void Program::add_linear(int input, std::optional<Norm> norm, std::vector<Produc
     parts.push_back({i, op.products[i].panels->view().n_panels, bytes});
     total += bytes * static_cast<std::size_t>(parts.back().panels);
   }
-  const std::size_t n_workers = pool_.size();
+  const std::size_t n_workers = pool_->size();
   op.fair.resize(n_workers);
   std::size_t before = 0;  // bytes of the parts so far
   for (const Part& part : parts) {
@@ -156,8 +157,7 @@ void Program::add_attention(int q, int k, int v, int output, int layer, int n_he
   if (rope < -1 || rope >= static_cast<int>(ropes_.size()) || (rope >= 0 && ropes_[rope].dim > tile.head_dim)) {
     refuse("attention: no rope table " + std::to_string(rope));
   }
-  attention_floats_ =
-      std::max(attention_floats_, attention_scratch_floats(tile.head_dim, tile.padded) + round_up(tile.padded, 16));
+  attention_floats_ = std::max(attention_floats_, attention_scratch_floats(tile.head_dim, tile.padded));
   for (Worker& worker : workers_) worker.attention.reserve(attention_floats_);
   query_rows_ = std::min({query_rows_, kMaxQueryTile, kMaxQueryRows / (n_heads / n_kv_heads)});
   window_ = window == 0 || window_ == 0 ? 0 : std::max(window_, window);
@@ -191,6 +191,7 @@ void Program::check(const BatchView& batch) {
   for (int s = 0; s < batch.n_sequences; ++s) {
     const int first = batch.starts[s], end = batch.starts[s + 1];
     if (end <= first) refuse("sequence " + std::to_string(s) + " has no tokens");
+    if (end > batch.n_tokens) refuse(at("starts", s + 1) + " is beyond the tokens");
     for (int i = first + 1; i < end; ++i) {
       if (batch.positions[i] != batch.positions[i - 1] + 1) refuse(at("positions", i) + " does not follow");
     }
@@ -201,9 +202,8 @@ void Program::check(const BatchView& batch) {
       const std::int32_t block = batch.blocks[static_cast<std::size_t>(s) * batch.n_columns + column];
       if (block < 0 || block >= cache_.n_blocks()) refuse("sequence " + std::to_string(s) + " has a block outside the cache");
       if (column < batch.positions[first] / kKvBlock) continue;
-      if (written_[block] == n_steps_ && writer_[block] != s) refuse("two sequences write one block");
+      if (written_[block] == n_steps_) refuse("block " + std::to_string(block) + " is written twice");
       written_[block] = n_steps_;
-      writer_[block] = s;
     }
   }
 }
@@ -234,7 +234,7 @@ void Program::prepare(const BatchView& batch) {
     if (single_) {
       // A single row is split over its segments where that gives every worker something to do.
       const int last = batch.positions[first] / kKvSegment;
-      const int n_segments = pool_.size() > 1 ? last + 1 : 1;
+      const int n_segments = pool_->size() > 1 ? last + 1 : 1;
       segments_.push_back({n_partials_, n_segments});
       n_partials_ += n_segments > 1 ? n_segments : 0;
     }
@@ -249,13 +249,14 @@ void Program::prepare(const BatchView& batch) {
 }
 
 void Program::step(const BatchView& batch, float* logits) {
+  if (!pool_->alive()) throw std::runtime_error("the model's threads stayed behind when the process was forked");
   const std::lock_guard<std::mutex> lock(mutex_);
   check(batch);
   prepare(batch);
   batch_ = batch;
   logits_ = logits;
   n_rows_ = batch.n_tokens;
-  pool_.run([this](unsigned worker) { run(worker); });
+  pool_->run([this](unsigned worker) { run(worker); });
 }
 
 void Program::copy_block(int source, int target) {
@@ -270,7 +271,7 @@ void Program::run(unsigned worker) {
   auto before = std::chrono::steady_clock::now();
   for (std::size_t i = 0; i < operations_.size(); ++i) {
     std::visit([&](const auto& op) { run(op, i, worker); }, operations_[i]);
-    pool_.barrier();
+    pool_->barrier();
     if (profiling_ && worker == 0) {
       const auto now = std::chrono::steady_clock::now();
       times_[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();
@@ -284,7 +285,7 @@ float* Program::row(int buffer, int index) {
 }
 
 void Program::run(const Embed& op, std::size_t, unsigned worker) {
-  for (int i = static_cast<int>(worker); i < batch_.n_tokens; i += static_cast<int>(pool_.size())) {
+  for (int i = static_cast<int>(worker); i < batch_.n_tokens; i += static_cast<int>(pool_->size())) {
     dequantize_row(op.table->view(), batch_.tokens[i], row(op.output, i));
   }
 }
@@ -316,7 +317,7 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
     for (int from; (from = next_[2 * index].fetch_add(kTogether, std::memory_order_relaxed)) < n;) {
       prepare_rows(from, std::min(n, from + kTogether));
     }
-    pool_.barrier();
+    pool_->barrier();
   }
   const int n_chunks = static_cast<int>(op.chunks.size());
   for (int i; (i = next_[2 * index + 1].fetch_add(1, std::memory_order_relaxed)) < n_chunks;) {
@@ -381,13 +382,13 @@ void Program::run(const Attend& op, std::size_t index, unsigned worker) {
   };
 
   if (!single_) {
-    for (std::size_t i = worker; i < writes_.size(); i += pool_.size()) {
+    for (std::size_t i = worker; i < writes_.size(); i += pool_->size()) {
       const TokenRange& write = writes_[i];
       for (int token = write.first; token < write.first + write.n; ++token) {
         for (int head = 0; head < op.n_kv_heads; ++head) write_kv(op, write.sequence, token, head, mine);
       }
     }
-    pool_.barrier();
+    pool_->barrier();
     const int n_items = static_cast<int>(tiles_.size()) * op.n_kv_heads;
     // From the end: the last tiles of a prompt see most keys, and the longest work should begin first.
     for (int i; (i = next_[2 * index].fetch_add(1, std::memory_order_relaxed)) < n_items;) {
@@ -407,7 +408,7 @@ void Program::run(const Attend& op, std::size_t index, unsigned worker) {
     const int first = segments.n > 1 ? first_of(sequence) : last;
     for (int head = 0; head < op.n_kv_heads; ++head) {
       for (int segment = first; segment <= last; ++segment, ++work) {
-        if (work % static_cast<int>(pool_.size()) != static_cast<int>(worker)) continue;
+        if (work % static_cast<int>(pool_->size()) != static_cast<int>(worker)) continue;
         if (segment == last) write_kv(op, sequence, sequence, head, mine);
         AttentionItem one = item(sequence, sequence, 1, head);
         if (first != last) {
@@ -420,13 +421,13 @@ void Program::run(const Attend& op, std::size_t index, unsigned worker) {
     }
   }
   if (n_partials_ == 0) return;
-  pool_.barrier();
+  pool_->barrier();
   for (int sequence = 0, work = 0; sequence < batch_.n_sequences; ++sequence) {
     const Segments& segments = segments_[sequence];
     const int last = batch_.positions[sequence] / kKvSegment;
     if (segments.n == 1 || first_of(sequence) == last) continue;
     for (int head = 0; head < op.n_kv_heads; ++head, ++work) {
-      if (work % static_cast<int>(pool_.size()) != static_cast<int>(worker)) continue;
+      if (work % static_cast<int>(pool_->size()) != static_cast<int>(worker)) continue;
       kernels_.rows.combine(partial(segments, first_of(sequence), head, size), last - first_of(sequence) + 1, group, tile,
                             row(op.output, sequence) + static_cast<std::size_t>(head) * group * op.head_dim,
                             mine.attention.data());
@@ -461,6 +462,11 @@ void Program::profile(bool on) {
   times_.assign(operations_.size(), 0);
 }
 
+std::vector<std::int64_t> Program::times() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return times_;
+}
+
 std::vector<std::string> Program::describe() const {
   std::vector<std::string> lines;
   for (const Operation& op : operations_) {
@@ -491,15 +497,6 @@ std::string Program::line(const Select&) const { return "select rows"; }
 
 std::string Program::name(const PanelsView& view) {
   return std::string(format_info(view.format).name) + " " + std::to_string(view.rows) + "x" + std::to_string(view.cols);
-}
-
-std::size_t Program::buffer_bytes() const {
-  std::size_t bytes = quantized_.bytes() + normed_.bytes() + partials_.bytes();
-  for (const Buffer& buffer : buffers_) bytes += buffer.memory.bytes();
-  for (const Worker& worker : workers_) {
-    bytes += worker.matmul.bytes() + worker.attention.bytes() + worker.normed.bytes() + worker.quantized.bytes();
-  }
-  return bytes;
 }
 
 }  // namespace dapji

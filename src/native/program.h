@@ -39,7 +39,6 @@ class Scratch {
  public:
   void reserve(std::size_t n_floats);  // throws std::bad_alloc
   float* data() { return data_; }
-  std::size_t bytes() const { return size_ * sizeof(float); }
 
  private:
   std::unique_ptr<float[]> memory_;
@@ -69,6 +68,7 @@ class Program {
   // std::bad_alloc, std::system_error.
   Program(Isa isa, int threads, int context, int vocab, KvFormat kv, const std::vector<KvShape>& layers, int n_blocks,
           const std::vector<int>& widths);
+  ~Program();
 
   // ---- building: each appends one operation. Throws std::invalid_argument where shapes do not fit. ----
 
@@ -91,7 +91,8 @@ class Program {
   // ---- running ----
 
   // logits [R, V]. Throws std::invalid_argument for a batch that does not fit, before anything is computed;
-  // std::bad_alloc where a larger batch than ever before finds no memory. One step at a time; others wait.
+  // std::bad_alloc where a larger batch than ever before finds no memory; std::runtime_error in a process that was
+  // forked since. One step at a time; others wait.
   void step(const BatchView& batch, float* logits);
 
   // Both in range, otherwise std::invalid_argument.
@@ -104,11 +105,8 @@ class Program {
   // Whether steps add the time of each operation to times(); resets them.
   void profile(bool on);
   // Nanoseconds in each operation since profile(true).
-  std::vector<std::int64_t> times() const { return times_; }
+  std::vector<std::int64_t> times();
   std::size_t cache_bytes() const { return cache_.bytes(); }
-  std::size_t buffer_bytes() const;
-  unsigned threads() const { return pool_.size(); }
-  Isa isa() const { return isa_; }
   int context() const { return context_; }
   int vocab() const { return vocab_; }
 
@@ -182,7 +180,6 @@ class Program {
   std::string line(const Select& op) const;
   static std::string name(const PanelsView& view);
 
-  const Isa isa_;
   const Kernels& kernels_;
   const int context_, vocab_;
   KvCache cache_;
@@ -210,13 +207,12 @@ class Program {
   Scratch quantized_, normed_, partials_;
   std::unique_ptr<std::atomic<int>[]> next_;  // per operation (two): next share to take
   std::size_t n_counters_ = 0;
-  std::vector<std::uint64_t> written_;        // per block: step in which it was written last, and by which sequence
-  std::vector<int> writer_;
+  std::vector<std::uint64_t> written_;        // per block: step in which it was written last
   std::uint64_t n_steps_ = 0;
   bool profiling_ = false;
   std::vector<std::int64_t> times_;
 
-  Pool pool_;  // last: its threads end before the rest goes
+  std::unique_ptr<Pool> pool_;  // last: its threads end before the rest goes
 };
 
 }  // namespace dapji

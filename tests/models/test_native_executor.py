@@ -3,13 +3,20 @@ nothing but the text."""
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dapji.errors import UsageError
+from dapji.errors import ConfigError, UsageError
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
 from dapji.models.executor import open_executor
 from dapji.models.native_executor import NativeExecutor
@@ -160,8 +167,10 @@ def test_a_window_does_not_read_blocks_before_it() -> None:
         ({"blocks": [[0, -1, 2]]}, "sequence 0 has a block outside the cache"),
         (
             {"starts": [0, 20, 40], "positions": [*range(20), *range(20)], "blocks": [[0, 1], [1, 2]]},
-            "two sequences write one block",
+            "block 1 is written twice",
         ),
+        ({"blocks": [[0, 2, 2]]}, "block 2 is written twice"),
+        ({"starts": [0, 50, 40], "blocks": [[0, 1, 2, 3]] * 2}, r"starts\[1\] is beyond the tokens"),
         ({"blocks": [[0, 1, 2]] * 2}, "the arrays of the batch do not fit each other"),
     ],
 )
@@ -175,6 +184,70 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_computed(
     logits = np.empty((len(arrays["rows"]), VOCAB), dtype=np.float32)
     with pytest.raises(ValueError, match=message):
         opened()._program.step(*arrays.values(), logits)
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
+def test_a_number_that_is_none_reaches_every_token_that_attends_to_it(kv: KvFormat) -> None:
+    config, tensors = model("F32")
+    values = tensors["embed"].float32().copy()
+    values[3] = np.nan
+    tensors["embed"] = Tensor.from_float32("embed", values)
+    executor = NativeExecutor(config, tensors, context=64, n_blocks=4, threads=2, kv=kv)
+    assert np.isnan(executor.step(Batch.single([3, 1, 2]))).all()
+    assert np.isnan(executor.step(Batch.single([1], past=3))).all()
+
+
+def test_a_model_that_it_cannot_run_is_named() -> None:
+    config, tensors = model("F32")
+    layer = config.layers[0]
+    wide = replace(layer, attention=replace(layer.attention, n_heads=130, head_dim=32))
+    config = replace(config, layers=(wide,))
+    tensors = {
+        name: Tensor.from_float32(name, np.zeros(shape, np.float32)) for name, shape in weight_shapes(config).items()
+    }
+    with pytest.raises(ConfigError, match="cannot run this model: attention: 130 heads over 2 kv heads"):
+        NativeExecutor(config, tensors, context=64, n_blocks=4)
+
+
+def test_threads_that_cannot_be_are_named() -> None:
+    with pytest.raises(UsageError, match=r"threads \(0\) must be at least 1"):
+        opened(threads=0)
+
+    def without_memory_for_stacks() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), used + (1 << 28)))
+        with pytest.raises(UsageError, match="500 threads could not be started"):
+            opened(threads=500)
+
+    in_a_fork(without_memory_for_stacks)
+
+
+def test_a_forked_process_is_refused_and_ends() -> None:
+    """Threads do not survive a fork: a step would wait for them for ever, and so would their end."""
+    executor = opened()
+    wanted = executor.step(Batch.single(text(20)))
+
+    def run() -> None:
+        with pytest.raises(UsageError, match="stayed behind when the process was forked"):
+            executor.step(Batch.single(text(20)))
+        executor.close()
+
+    in_a_fork(run)
+    np.testing.assert_array_equal(executor.step(Batch.single(text(20))), wanted)
+
+
+def in_a_fork(function: Callable[[], None]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which is the point
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # instead of a test that hangs
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_memory_that_does_not_suffice_is_named() -> None:

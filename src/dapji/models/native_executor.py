@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from dapji.errors import ContextError, UsageError
+from dapji.errors import ConfigError, ContextError, UsageError
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
 from dapji.models.executor import check_batch, kv_shapes
@@ -20,7 +20,8 @@ from dapji.ops.tensor import Tensor
 class NativeExecutor:
     """Weights packed for the processor, computed on `threads` threads outside the GIL.
 
-    Raises UnavailableError where the native core was not built, UsageError where memory does not suffice.
+    Raises UnavailableError where the native core was not built, ConfigError for a model that it cannot run, UsageError
+    where memory or threads do not suffice.
     """
 
     def __init__(
@@ -34,6 +35,9 @@ class NativeExecutor:
         kv: KvFormat = "f16",
     ) -> None:
         native.module()  # raises where it is missing
+        n_threads = native.default_threads() if threads is None else threads
+        if n_threads < 1:
+            raise UsageError(f"threads ({n_threads}) must be at least 1")
         self.config = config
         self.context = context
         self.n_blocks = n_blocks
@@ -47,8 +51,14 @@ class NativeExecutor:
                 kv=kv,
                 kv_shapes=kv_shapes(config),
                 n_blocks=n_blocks,
-                threads=native.default_threads() if threads is None else threads,
+                threads=n_threads,
             )
+        except ValueError as error:
+            raise ConfigError(
+                f"the native executor cannot run this model: {error}", hint="--executor reference (slow) runs it"
+            ) from None
+        except RuntimeError as error:  # std::system_error
+            raise UsageError(f"{n_threads} threads could not be started: {error}", hint="try fewer") from None
         except MemoryError:
             raise UsageError(
                 f"there is not enough memory for the weights and a cache of {n_blocks} blocks",
@@ -70,6 +80,8 @@ class NativeExecutor:
             raise ContextError(
                 f"there is not enough memory for a step of {len(batch.tokens)} tokens", hint="use smaller steps"
             ) from None
+        except RuntimeError as error:
+            raise UsageError(str(error), hint="open the model in the process that runs it") from None
         return logits
 
     def copy_block(self, source: int, target: int) -> None:
