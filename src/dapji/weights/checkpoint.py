@@ -16,8 +16,8 @@ from dapji.errors import FormatError, ModelNotFound
 from dapji.weights.files import StoredTensors, map_file
 from dapji.weights.gguf import MAGIC, read_gguf
 from dapji.weights.safetensors import INDEX_NAME, SINGLE_NAME, decode_json, read_safetensors
+from dapji.weights.sources_base import PICKLES
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT_HINT = "pickled weights can run code and are never loaded; convert them to safetensors with transformers"
 
 
@@ -58,7 +58,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Checkpoint:
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise FormatError(f"{path}: a pickle", hint=_CONVERT_HINT)
     if path.suffix == ".safetensors":
         raise FormatError(
@@ -73,7 +73,7 @@ def _open_file(path: Path) -> Checkpoint:
 def _open_folder(path: Path) -> Checkpoint:
     if not (path / SINGLE_NAME).exists() and not (path / INDEX_NAME).exists():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
-        if pickles := [name for name in files if Path(name).suffix in _PICKLES]:
+        if pickles := [name for name in files if Path(name).suffix in PICKLES]:
             raise FormatError(f"{path}: no {SINGLE_NAME}, but {pickles[0]}", hint=_CONVERT_HINT)
         if ggufs := [name for name in files if name.endswith(".gguf")]:
             raise FormatError(f"{path}: a folder with {len(ggufs)} GGUF files", hint=f"give one, as {path / ggufs[0]}")

@@ -148,7 +148,8 @@ _LAYOUT = re.compile(
 )
 """What a folder in the Hugging Face layout holds beside its safetensors."""
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of pickled weights, which are never opened."""
 
 
 def gguf_shards(name: str) -> list[str]:
@@ -182,7 +183,7 @@ def model_files(names: Iterable[str], where: str, *, separator: str = "/") -> li
         return gguf_shards(ggufs.pop()) + [
             n for n in root if _LAYOUT.fullmatch(n) and n.startswith(("LICEN", "NOTICE"))
         ]
-    if any(n.endswith(_PICKLES) for n in names):
+    if any(n.endswith(PICKLES) for n in names):
         raise DownloadError(
             f"{where} holds its weights as pickle files only, which can run code when they are opened",
             hint="look for a safetensors or GGUF version of the model",
