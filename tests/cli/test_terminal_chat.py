@@ -92,7 +92,7 @@ def test_a_conversation(tiny: Path, tmp_path: Path, home: Path, open_chat: Calla
     assert "* temperature          0.5\n" in chat.enter("/set")
     assert "* seed                 7\n" in chat.enter("/set seed 7")
     assert chat.enter("/set top_p 3") == (
-        "error: top_p must be > 0 and <= 1, got 3.0\nhint: leave the field out for its neutral default\n"
+        "error: top_p must be > 0 and <= 1, got 3.0\nhint: leave it out for the default\n"
     )
     assert "  top_p                0.9\n" in chat.enter("/set"), "refused, so not kept"
     assert chat.enter("/nonsense").startswith("error: no command /nonsense\nhint: ")

@@ -13,7 +13,7 @@ from typing import Literal
 
 from dapji.errors import RequestError
 
-_MISSING_HINT = "leave the field out for its neutral default"
+_MISSING_HINT = "leave it out for the default"
 
 
 def _check_number(name: str, value: object, condition: str, valid: Callable[[float], bool]) -> None:
