@@ -172,7 +172,7 @@ struct Attention {
  private:
   static constexpr float kLowest = -1e30f;  // below every score; finite, so that differences are never NaN
   static constexpr int kTileBlocks = kKvTile / kKvBlock;
-  static constexpr int kRegisterRows = S::isa == Isa::avx512vnni ? 12 : S::isa == Isa::avx2 ? 6 : 2;
+  static constexpr int kRegisterRows = S::isa == Isa::avx512vnni ? 12 : S::isa == Isa::generic ? 2 : 6;
 
   // Views into a worker's scratch.
   struct State {

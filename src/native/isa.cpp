@@ -5,6 +5,11 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace dapji {
 
 const char* isa_name(Isa isa) {
@@ -15,6 +20,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512vnni:
       return "avx512vnni";
+    case Isa::neon:
+      return "neon";
   }
   return "";
 }
@@ -34,6 +41,14 @@ bool isa_available(Isa isa) {
 #else
     case Isa::avx2:
     case Isa::avx512vnni:
+      return false;
+#endif
+    case Isa::neon:
+#if defined(__aarch64__) && defined(__linux__)
+      return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+      return true;  // every Mac with such a processor
+#else
       return false;
 #endif
   }

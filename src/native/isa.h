@@ -3,8 +3,8 @@
 
 namespace dapji {
 
-enum class Isa : int { generic, avx2, avx512vnni };
-constexpr int kIsas = 3;
+enum class Isa : int { generic, avx2, avx512vnni, neon };
+constexpr int kIsas = 4;
 
 const char* isa_name(Isa isa);
 

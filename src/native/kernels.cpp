@@ -5,6 +5,8 @@ namespace dapji {
 extern const Kernels kGeneric;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
 #endif
 
 const Kernels& kernels(Isa isa) {
@@ -14,14 +16,13 @@ const Kernels& kernels(Isa isa) {
       return kAvx2;
     case Isa::avx512vnni:
       return kAvx512Vnni;
-#else
-    case Isa::avx2:
-    case Isa::avx512vnni:
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return kNeon;
 #endif
-    case Isa::generic:
-      break;
+    default:
+      return kGeneric;
   }
-  return kGeneric;
 }
 
 }  // namespace dapji

@@ -20,7 +20,7 @@ constexpr MachineKernels machine_kernels() {
         return S::max_int(sums[0]);
       },
       [](std::int64_t rounds, std::int32_t* sink) {
-        constexpr int chains = S::isa == Isa::avx512vnni ? 12 : S::isa == Isa::avx2 ? 5 : 1;
+        constexpr int chains = S::isa == Isa::avx512vnni ? 12 : S::isa == Isa::avx2 ? 5 : S::isa == Isa::neon ? 6 : 1;
         const I weights = S::set_int(0x01020304), activations = S::set_int(sink[0] | 0x04030201);
         I sums[chains];
         for (I& sum : sums) sum = S::set_int(0);

@@ -37,7 +37,16 @@ struct Shape {
   bool affine;
 };
 
-constexpr Shape shape_of(Layout l) { return {l.bits(), l.group, l.offset, l.affine}; }
+// Where dot products want signed codes, those of 8 bits are 128 less; the others are below 128 anyway.
+template <class S>
+constexpr int signed_by(Layout l) {
+  return S::signed_codes && l.bits() == 8 ? 128 : 0;
+}
+
+template <class S>
+constexpr Shape shape_of(Layout l) {
+  return {l.bits(), l.group, l.offset - signed_by<S>(l), l.affine};
+}
 
 // Tokens of the next smaller tile: 6, 4, 2, 1.
 constexpr int smaller(int tokens) { return tokens > 2 ? (tokens - 1) / 2 * 2 : 1; }
@@ -56,7 +65,7 @@ constexpr int steps_in_16_bits(Shape s) {
 }
 
 // One block of 16 rows in a panel, unpacked in registers.
-//   code<s, digit>()   step s (columns 4 s .. 4 s + 3): unsigned bytes
+//   code<s, digit>()   step s (columns 4 s .. 4 s + 3): unsigned bytes, signed with signed_codes
 //   scale()            float32
 //   min()              float32: of the block, or, in groups of 16, of the superblock
 //   scales<h>()        groups of 16: integer scale of half h; float32 with has_dot, else int16 twice
@@ -67,7 +76,7 @@ struct Packed {
   using F = typename S::F;
   using I = typename S::I;
   static constexpr Layout l = layout(format);
-  static constexpr Shape shape = shape_of(l);
+  static constexpr Shape shape = shape_of<S>(l);
 
   const uint8_t* unit;
   int block;  // in the unit
@@ -99,7 +108,9 @@ struct Packed {
     if constexpr (l.high.width != 0) {
       v = S::or_(v, bits<s, l.high.width, l.high.shift>(codes() + l.low.bytes()));
     }
-    if constexpr (l.levels) {
+    if constexpr (l.levels && S::signed_codes) {
+      return S::lookup(S::broadcast16(kLevels), v);
+    } else if constexpr (l.levels) {
       alignas(16) static constexpr uint8_t whole[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                                         129, 141, 153, 166, 181, 197, 217, 241};
       alignas(16) static constexpr uint8_t low[16] = {1, 8, 13, 15, 15, 13, 10, 6, 1, 13, 9, 6, 5, 5, 9, 1};
@@ -108,6 +119,8 @@ struct Packed {
     } else if constexpr (digits<S>(shape) == 2) {
       const I mask = S::set_int(0x0f0f0f0f);
       return S::and_(digit == 0 ? v : S::template shr16<4>(v), mask);
+    } else if constexpr (signed_by<S>(l) != 0) {
+      return S::xor_(v, S::set_int(static_cast<int32_t>(0x80808080u)));
     } else {
       return v;
     }
@@ -430,7 +443,8 @@ template <class S, Format format, int R>
 void some_panels(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p, float* y, size_t ldy,
                  const Epilogue& epilogue, uint8_t* scratch) {
   constexpr Layout l = layout(format);
-  using Block = Unpacked<S, l.bits(), l.group, l.offset, l.affine>;
+  constexpr Shape shape = shape_of<S>(l);
+  using Block = Unpacked<S, shape.bits, shape.group, shape.offset, shape.affine>;
   static_assert(S::rows * (kStretch * Block::bytes + kChunk * kLanes * 4) <= kScratchBytes);
   float* const partials = reinterpret_cast<float*>(scratch + R * kStretch * Block::bytes);
   const int64_t n_blocks = x.cols / kBlock;

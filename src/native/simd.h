@@ -1,28 +1,30 @@
 // The vector of the kernels, and the functions that are written once over it.
 //
-// A `Simd` struct per instruction set (simd_generic.h, simd_avx2.h, simd_avx512.h) hides everything that differs. To
-// the kernels a vector is always 64 bytes: `F` sixteen float32, `I` sixteen int32 (or 32 int16, or 64 bytes). Every
-// operation gives the same bits on every instruction set (fma is fused everywhere, sums have a fixed order), so a
-// kernel does too. A struct has these static members; p needs no alignment:
+// A `Simd` struct per instruction set (simd_generic.h, simd_avx2.h, simd_avx512.h, simd_neon.h) hides everything that
+// differs. To the kernels a vector is always 64 bytes: `F` sixteen float32, `I` sixteen int32 (or 32 int16, or 64
+// bytes). Every operation gives the same bits on every instruction set (fma is fused everywhere, sums have a fixed
+// order), so a kernel does too. A struct has these static members; p needs no alignment:
 //
 //   Isa isa                                    which one it is (isa.h)
 //   int rows, tokens                           tile of the prompt kernels: vectors of 16 rows x tokens
-//   bool has_dot                               I dot(I sum, I u8, I s8): sum += four products of bytes per int32;
+//   bool has_dot                               I dot(I sum, I codes, I s8): sum += four products of bytes per int32;
 //                                              otherwise I dot16(I u8, I s8): two products per int16, saturating
+//   bool signed_codes                          whether dot takes the codes as signed bytes
 //   F load(p) | load(p, n)    store(p, F) | store(p, F, n)    with n: the first n lanes, 0 elsewhere, 0 <= n <= 16
 //   F load_f16(p), load_bf16(p)    store_f16(p, F)            sixteen 2-byte floats; rounds to nearest even
 //   F zero(), set(float), add, sub, mul, div, sqrt, fma(a, b, c) = a * b + c
 //   F min(a, b), max(a, b)                     b where either is NaN
-//   float sum(F), max(F)                       over the lanes (also int32 max_int(I)); sum adds lane i and i + 8, then + 4, + 2, + 1
-//   F to_float(I)    I to_int(F)               to_int rounds to nearest even
+//   float sum(F), max(F), int32 max_int(I)     over the lanes; sum adds lane i and i + 8, then + 4, + 2, + 1
+//   F to_float(I)    I to_int(F)               to_int rounds to nearest even; any integer for NaN and beyond int32
 //   F as_float(I)    I as_int(F)               the same bits
 //   I load_int(p)    store_int(p, I)           64 bytes
 //   I broadcast4(p), broadcast16(p)            repeat 4 or 16 bytes
 //   I widen_s8(p), widen_u8(p)                 sixteen bytes to int32
 //   void narrow_s8(p, I)                       int32 in -128 .. 127 to sixteen bytes
 //   I set_int(int32), add_int, sub_int, max_int, and_, or_, shl32<n>, shr32<n>, sra32<n>
+//   I xor_(a, b)                               with signed_codes alone
 //   I shl16<n>, shr16<n>                       logical, on int16
-//   I add16(a, b)                              int16, wraps
+//   I add16(a, b)                              int16, wraps; without has_dot alone
 //   I madd16(a, b)                             two products of int16 per int32, added
 //   I pair16(lo, hi)                           int16 pairs (lo, hi) out of int32 lanes that fit
 //   I lookup(table, index)                     bytes of a broadcast16 table at the indices 0 .. 15

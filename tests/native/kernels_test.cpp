@@ -1,0 +1,478 @@
+// Runs the kernels of every instruction set that this machine has, and compares them bit for bit with plain C++.
+//
+//   kernels_test      the first line names the instruction sets; then one line per case: a hash of its results and its
+//                     name. The hashes are the same on every machine, but where a name says that libm has a part.
+//                     Differences go to stderr, and the exit status is then 1.
+//
+// Everything is random and small: it also has to pass in an emulator.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "program.h"
+#include "simd_generic.h"
+
+namespace dapji {
+namespace {
+
+// The same numbers on every machine: the standard defines the engine, and no distribution is used.
+class Random {
+ public:
+  std::uint32_t bits() { return engine_(); }
+  float real() { return static_cast<float>(static_cast<std::int32_t>(bits())) * 0x1p-31f; }  // -1 .. 1
+  std::vector<float> reals(std::size_t n) {
+    std::vector<float> result(n);
+    for (float& x : result) x = real();
+    return result;
+  }
+
+ private:
+  std::mt19937 engine_{20130717};
+};
+
+// What a case computes, as bits.
+class Results {
+ public:
+  void add(const void* data, std::size_t bytes) {
+    const auto* const from = static_cast<const std::uint8_t*>(data);
+    bytes_.insert(bytes_.end(), from, from + bytes);
+  }
+  void add(const std::vector<float>& values) {
+    for (float x : values) {
+      if (std::isnan(x)) x = std::numeric_limits<float>::quiet_NaN();  // which NaN it is, nobody promises
+      add(&x, sizeof x);
+    }
+  }
+  std::uint64_t hash() const {  // FNV-1a
+    std::uint64_t h = 0xcbf29ce484222325u;
+    for (const std::uint8_t b : bytes_) h = (h ^ b) * 0x100000001b3u;
+    return h;
+  }
+  // The first byte that differs, or the size where all are equal.
+  std::size_t difference(const Results& other) const {
+    std::size_t at = 0;
+    while (at < bytes_.size() && at < other.bytes_.size() && bytes_[at] == other.bytes_[at]) ++at;
+    return bytes_.size() == other.bytes_.size() ? at : std::min(at, bytes_.size() - 1);
+  }
+  std::size_t size() const { return bytes_.size(); }
+
+ private:
+  std::vector<std::uint8_t> bytes_;
+};
+
+Scratch scratch(std::size_t bytes) {
+  Scratch result;
+  result.reserve(bytes / sizeof(float) + 1);
+  return result;
+}
+
+// ---- matrices ----
+
+// Where a block of the file has its float16 scales; all other bytes may be anything.
+std::vector<int> halves_at(Format format) {
+  switch (format) {
+    case Format::F32:
+    case Format::F16:
+    case Format::BF16:
+      return {};
+    case Format::Q4_1:
+    case Format::Q5_1:
+    case Format::Q4_K:
+    case Format::Q5_K:
+      return {0, 2};
+    case Format::Q2_K:
+      return {80, 82};
+    case Format::Q3_K:
+      return {108};
+    case Format::Q6_K:
+      return {208};
+    default:
+      return {0};
+  }
+}
+
+std::shared_ptr<const Panels> packed(Format format, int rows, int cols, const std::function<std::uint8_t()>& byte,
+                                     const std::function<float()>& real) {
+  const FormatInfo& info = format_info(format);
+  std::vector<std::uint8_t> data(static_cast<std::size_t>(rows) * (cols / info.block * info.block_bytes));
+  const auto put_half = [&](std::size_t at) {
+    const std::uint16_t half = Generic::to_f16(real());
+    std::memcpy(data.data() + at, &half, 2);
+  };
+  const auto step = static_cast<std::size_t>(info.block_bytes);
+  for (std::size_t at = 0; at < data.size(); at += step) {
+    const float x = real();
+    if (format == Format::F32) {
+      std::memcpy(data.data() + at, &x, 4);
+    } else if (format == Format::F16) {
+      put_half(at);
+    } else if (format == Format::BF16) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      bits >>= 16;
+      data[at] = static_cast<std::uint8_t>(bits);
+      data[at + 1] = static_cast<std::uint8_t>(bits >> 8);
+    } else {
+      for (std::size_t i = 0; i < step; ++i) data[at + i] = byte();
+      for (const int half : halves_at(format)) put_half(at + static_cast<std::size_t>(half));
+    }
+  }
+  auto panels = std::make_shared<Panels>(format, rows, cols);
+  panels->pack(data.data(), 0, panels->view().n_panels);
+  return panels;
+}
+
+std::shared_ptr<const Panels> random_panels(Format format, int rows, int cols, Random& random) {
+  return packed(
+      format, rows, cols, [&] { return static_cast<std::uint8_t>(random.bits()); },
+      // Now and then so small that it is subnormal as a float16.
+      [&] { return random.real() * (random.bits() % 8 ? 0.01f : 1e-5f); });
+}
+
+// y [tokens, rows] with three unused floats between rows, which must stay what they are.
+std::vector<float> multiply(Isa isa, const Panels& panels, const float* x, std::int64_t tokens,
+                            const Epilogue& epilogue = {}, std::vector<float> y = {}) {
+  const MatmulKernels& kernel = kernels(isa).matmul;
+  const PanelsView& w = panels.view();
+  const auto cols = static_cast<std::size_t>(w.cols), ldy = static_cast<std::size_t>(w.rows) + 3;
+  if (y.empty()) y.assign(static_cast<std::size_t>(tokens) * ldy, 0.5f);
+  // In two calls, as two threads do it.
+  const std::int64_t cut = w.n_panels / 3;
+  for (const auto& [from, to] : {std::pair{std::int64_t{0}, cut}, {cut, w.n_panels}}) {
+    if (is_float(w.format)) {
+      kernel.linear_f(w, x, cols, tokens, from, to, y.data(), ldy, epilogue);
+    } else {
+      Scratch memory = scratch(Quantized::bytes(tokens, w.cols)), space = scratch(kScratchBytes);
+      const Quantized quantized = Quantized::in(memory.data(), tokens, w.cols);
+      kernels(Isa::generic).matmul.quantize(x, cols, 0, tokens, quantized);
+      kernel.linear_q(w, quantized, tokens, from, to, y.data(), ldy, epilogue, space.data());
+    }
+  }
+  return y;
+}
+
+// Two whole panels of 16 rows and a part; blocks of columns beyond a stretch of 16; a part of a block of float columns.
+Results linear(Isa isa, Format format) {
+  Random random;
+  Results results;
+  const int block = format_info(format).block, rows = 45, cols = block == 1 ? 100 : block == 32 ? 25 * 32 : 3 * 256;
+  const auto panels = random_panels(format, rows, cols, random);
+  for (int tokens = 1; tokens <= 13; ++tokens) {
+    const std::vector<float> x = random.reals(static_cast<std::size_t>(tokens * cols));
+    results.add(multiply(isa, *panels, x.data(), tokens));
+  }
+  for (const std::uint8_t code : {0x00, 0x7f, 0x80, 0xff}) {  // what overflows first
+    const auto extreme = packed(format, 16, 256, [&] { return code; }, [] { return 1.0f; });
+    for (const float value : {12.7f, -12.7f}) {
+      const std::vector<float> x(2 * 256, value);
+      results.add(multiply(isa, *extreme, x.data(), 1));
+      results.add(multiply(isa, *extreme, x.data(), 2));
+    }
+  }
+  return results;
+}
+
+Results quantize(Isa isa) {
+  Random random;
+  Results results;
+  constexpr int tokens = 3, cols = 12 * kBlock, ldx = cols + 5;
+  std::vector<float> x = random.reals(tokens * ldx);
+  const auto block = [&](int i) { return x.data() + ldx + i * kBlock; };  // of the second token
+  const auto fill = [&](int i, float value) { std::fill_n(block(i), kBlock, value); };
+  fill(0, 0.0f);
+  fill(1, -0.0f);
+  fill(2, 1e-40f);
+  fill(3, -3e38f);
+  for (int i = 0; i < kBlock; ++i) block(4)[i] = static_cast<float>(i) - 15.5f;  // ties, where the scale is 1
+  block(4)[0] = 127.0f;
+  block(5)[31] = std::numeric_limits<float>::infinity();
+  block(6)[16] = -std::numeric_limits<float>::infinity();
+  block(7)[3] = std::numeric_limits<float>::quiet_NaN();
+  block(8)[7] = 1e30f;
+  for (int i = 0; i < kBlock; ++i) block(9)[i] *= 1e-37f;
+  Scratch memory = scratch(Quantized::bytes(tokens, cols));
+  std::memset(memory.data(), 1, Quantized::bytes(tokens, cols));
+  const Quantized out = Quantized::in(memory.data(), tokens, cols);
+  kernels(isa).matmul.quantize(x.data(), ldx, 1, tokens, out);
+  constexpr int blocks = tokens * cols / kBlock;
+  results.add(out.codes, tokens * cols);
+  results.add({out.scales, out.scales + blocks});
+  results.add({out.sums, out.sums + blocks});
+  results.add(out.halves, 2 * blocks * sizeof(std::int16_t));
+  return results;
+}
+
+// Numbers around which the exponential function and its users change.
+std::vector<float> arguments(std::size_t n, Random& random) {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  std::vector<float> x = {0.0f,  -0.0f, inf,   -inf,   std::numeric_limits<float>::quiet_NaN(),
+                          1e-40f, 1e-7f, -1e-7f, 17.0f, -17.0f,
+                          88.7f, 88.9f, -87.3f, -87.4f, -88.8f,
+                          -103.9f, -104.1f, 1e4f, -1e4f, 3e38f, -3e38f};
+  while (x.size() < n) x.push_back(random.real() * (random.bits() % 2 ? 4.0f : 110.0f));
+  return x;
+}
+
+Results epilogue(Isa isa, Epilogue::Kind kind, Activation activation) {
+  Random random;
+  Results results;
+  for (const Format format : {Format::F16, Format::Q4_1}) {
+    constexpr int rows = 77, cols = 64;
+    const auto panels = random_panels(format, rows, cols, random);
+    const std::vector<float> bias = random.reals(rows);
+    for (const int tokens : {1, 5}) {
+      const std::vector<float> x = random.reals(static_cast<std::size_t>(tokens * cols));
+      for (const float* const with : {static_cast<const float*>(nullptr), bias.data()}) {
+        const auto y = arguments(static_cast<std::size_t>(tokens * (rows + 3)), random);
+        results.add(multiply(isa, *panels, x.data(), tokens, {kind, activation, with}, y));
+      }
+    }
+  }
+  return results;
+}
+
+// ---- between the matrices ----
+
+Results norm(Isa isa) {
+  Random random;
+  Results results;
+  for (std::size_t n = 1; n <= 160; ++n) {
+    std::vector<float> x = random.reals(n), weight = random.reals(n), out(n);
+    const auto size = static_cast<std::int64_t>(n);
+    kernels(isa).rows.norm(x.data(), weight.data(), 1e-5f, size, out.data());
+    results.add(out);
+    kernels(isa).rows.norm(x.data(), weight.data(), 1e-5f, size, x.data());
+    results.add(x);
+  }
+  return results;
+}
+
+Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim) {
+  Random random;
+  Results results;
+  constexpr int context = 330, blocks = 21, group = 3;  // two segments of positions
+  const RowKernels& kernel = kernels(isa).rows;
+  KvCache cache(format, {{1, head_dim}}, blocks);
+  const KvTile& tile = cache.tile(0);
+  std::vector<std::int32_t> table(blocks);
+  for (int i = 0; i < blocks; ++i) table[static_cast<std::size_t>(i)] = (5 * i + 3) % blocks;
+  Scratch space = scratch(sizeof(float) * (attention_scratch_floats(head_dim, tile.padded)));
+
+  // Rotated keys, and values.
+  const auto angles = static_cast<std::size_t>(rope_dim / 2), dim = static_cast<std::size_t>(head_dim);
+  const std::vector<float> cos = random.reals(context * angles), sin = random.reals(context * angles);
+  for (int position = 0; position < context; ++position) {
+    const std::vector<float> k = random.reals(dim), v = random.reals(dim);
+    const std::size_t at = static_cast<std::size_t>(position) * angles;
+    kernel.write_kv(tile, cache.at(0, table[static_cast<std::size_t>(position / kKvBlock)], 0), position % kKvBlock,
+                    k.data(), v.data(), cos.data() + at, sin.data() + at, rope_dim, space.data());
+  }
+  results.add(cache.at(0, 0, 0), tile.bytes * blocks);
+
+  const auto item = [&](const std::vector<float>& q, std::vector<float>& out, int position, int rows, int window) {
+    AttentionItem one{};
+    one.kv = {&tile, cache.at(0, 0, 0), cache.block_stride(0), table.data()};
+    one.q = q.data();
+    one.out = out.data();
+    one.stride = group * dim;
+    one.cos = cos.data();
+    one.sin = sin.data();
+    one.rope_dim = rope_dim;
+    one.n_rows = rows;
+    one.group = group;
+    one.position = position;
+    one.window = window;
+    one.scale = 2.0f / static_cast<float>(std::sqrt(head_dim));
+    return one;
+  };
+  struct Query {
+    int position, rows, window;
+  };
+  for (const Query query : {Query{0, 3, 0}, {250, 9, 100}, {310, 5, 0}, {329, 1, 0}}) {
+    const std::size_t size = static_cast<std::size_t>(query.rows) * group * dim;
+    const std::vector<float> q = random.reals(size);
+    std::vector<float> out(size);
+    AttentionItem whole = item(q, out, query.position, query.rows, query.window);
+    kernel.attend(whole, space.data());
+    results.add(out);
+    if (query.rows > 1) continue;
+    // The same row, its segments apart and then merged.
+    const std::size_t part = attention_partial_floats(group, tile.padded);
+    std::vector<float> partials(2 * part), merged(size);
+    for (int segment = 0; segment < 2; ++segment) {
+      AttentionItem one = whole;
+      one.out = nullptr;
+      one.segment = segment;
+      one.partial = partials.data() + static_cast<std::size_t>(segment) * part;
+      kernel.attend(one, space.data());
+    }
+    kernel.combine(partials.data(), 2, group, tile, merged.data(), space.data());
+    results.add(partials);
+    if (merged != out) throw std::logic_error("a row whose segments are computed apart differs");
+  }
+  return results;
+}
+
+Results read(Isa isa) {
+  Random random;
+  std::vector<std::uint32_t> data(3 * 512 / 4);
+  for (std::uint32_t& x : data) x = random.bits();
+  const std::int32_t largest =
+      kernels(isa).machine.read(reinterpret_cast<const std::uint8_t*>(data.data()), data.size() * 4);
+  Results results;
+  results.add(&largest, 4);
+  return results;
+}
+
+// ---- a small model: one layer, a weight of every other kind ----
+
+Results program(Isa isa, int threads) {
+  Random random;
+  constexpr int vocab = 50, context = 320, heads = 4, kv_heads = 2, head_dim = 16, hidden = 256, blocks = 24;
+  constexpr int dim = heads * head_dim, kv_dim = kv_heads * head_dim;
+  Program program(isa, threads, context, vocab, KvFormat::q8, {{kv_heads, head_dim}}, blocks,
+                  {dim, dim, kv_dim, kv_dim, dim, hidden});
+  enum Buffer { x, q, k, v, mixed, gated };
+  using Kind = Epilogue::Kind;
+  const auto product = [&](Format format, int rows, int cols, int output, Kind kind = Kind::store, bool biased = false) {
+    return Product{random_panels(format, rows, cols, random),
+                   biased ? random.reals(static_cast<std::size_t>(rows)) : std::vector<float>{}, output, kind,
+                   Activation::silu};
+  };
+  const Norm norm{random.reals(dim), 1e-5f};
+  program.add_embed(random_panels(Format::Q8_0, vocab, dim, random), x);
+  program.add_linear(x, norm,
+                     {product(Format::Q4_0, dim, dim, q, Kind::store, true), product(Format::Q5_1, kv_dim, dim, k),
+                      product(Format::IQ4_NL, kv_dim, dim, v)});
+  const std::vector<float> cos = random.reals(context * head_dim / 2), sin = random.reals(context * head_dim / 2);
+  const int rope = program.add_rope(cos.data(), sin.data(), head_dim);
+  program.add_attention(q, k, v, mixed, 0, heads, 0, rope, 0.25f);
+  program.add_linear(mixed, std::nullopt, {product(Format::F16, dim, dim, x, Kind::add)});
+  program.add_linear(x, norm,
+                     {product(Format::Q4_1, hidden, dim, gated),
+                      product(Format::Q8_0, hidden, dim, gated, Kind::gate)});
+  program.add_linear(gated, std::nullopt, {product(Format::Q6_K, dim, hidden, x, Kind::add)});
+  program.add_select({x});
+  program.add_linear(x, norm, {product(Format::Q8_0, vocab, dim, Program::kLogits)});
+
+  // Two sequences: a prompt of each, then a token of each, then a few of the first.
+  Results results;
+  std::vector<std::int32_t> table(2 * context / kKvBlock);
+  std::iota(table.begin(), table.begin() + 20, 0);
+  std::iota(table.begin() + 20, table.begin() + 24, 20);
+  struct Step {
+    std::vector<std::int32_t> lengths, firsts, rows;
+  };
+  for (const Step& step : {Step{{265, 6}, {0, 0}, {100, 264, 270}}, Step{{1, 1}, {265, 6}, {0, 1}},
+                           Step{{11, 1}, {266, 7}, {0, 3, 4, 5, 6, 7, 8, 9, 10, 11}}}) {
+    std::vector<std::int32_t> tokens, positions, starts = {0};
+    for (std::size_t s = 0; s < 2; ++s) {
+      for (std::int32_t i = 0; i < step.lengths[s]; ++i) {
+        tokens.push_back(static_cast<std::int32_t>(random.bits() % vocab));
+        positions.push_back(step.firsts[s] + i);
+      }
+      starts.push_back(static_cast<std::int32_t>(tokens.size()));
+    }
+    BatchView batch{};
+    batch.tokens = tokens.data();
+    batch.positions = positions.data();
+    batch.starts = starts.data();
+    batch.blocks = table.data();
+    batch.rows = step.rows.data();
+    batch.n_tokens = static_cast<int>(tokens.size());
+    batch.n_sequences = 2;
+    batch.n_columns = context / kKvBlock;
+    batch.n_rows = static_cast<int>(step.rows.size());
+    std::vector<float> logits(step.rows.size() * vocab);
+    program.step(batch, logits.data());
+    results.add(logits);
+  }
+  return results;
+}
+
+struct Case {
+  std::string name;
+  std::function<Results(Isa)> run;
+};
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (int i = 0; i < kFormats; ++i) {
+    const Format format = static_cast<Format>(i);
+    all.push_back({std::string("linear ") + format_info(format).name, [=](Isa isa) { return linear(isa, format); }});
+  }
+  all.push_back({"quantize", quantize});
+  using Kind = Epilogue::Kind;
+  all.push_back({"store", [](Isa isa) { return epilogue(isa, Kind::store, Activation::silu); }});
+  all.push_back({"add", [](Isa isa) { return epilogue(isa, Kind::add, Activation::silu); }});
+  all.push_back({"silu", [](Isa isa) { return epilogue(isa, Kind::gate, Activation::silu); }});
+  all.push_back({"gelu_tanh", [](Isa isa) { return epilogue(isa, Kind::gate, Activation::gelu_tanh); }});
+  all.push_back({"gelu, by libm", [](Isa isa) { return epilogue(isa, Kind::gate, Activation::gelu); }});
+  all.push_back({"norm", norm});
+  for (const auto& [name, format] : {std::pair{"f32", KvFormat::f32}, {"f16", KvFormat::f16}, {"q8", KvFormat::q8}}) {
+    const KvFormat kv = format;
+    const std::string what = std::string("attention ") + name;
+    all.push_back({what + ", heads of 72", [=](Isa isa) { return attention(isa, kv, 72, 40); }});
+    all.push_back({what + ", heads of 32, unrotated", [=](Isa isa) { return attention(isa, kv, 32, 0); }});
+  }
+  all.push_back({"read", read});
+  all.push_back({"program", [](Isa isa) {
+                   const Results one = program(isa, 1);
+                   for (const int threads : {2, 3}) {
+                     if (program(isa, threads).difference(one) != one.size()) {
+                       throw std::logic_error(std::to_string(threads) + " threads differ from one");
+                     }
+                   }
+                   return one;
+                 }});
+  return all;
+}
+
+int run() {
+  std::vector<Isa> isas;
+  for (int i = 0; i < kIsas; ++i) {
+    if (!isa_available(static_cast<Isa>(i))) continue;
+    isas.push_back(static_cast<Isa>(i));
+    std::printf("%s%s", i ? " " : "", isa_name(isas.back()));
+  }
+  std::printf("\n");
+  int failures = 0;
+  for (const Case& one : cases()) {
+    Results want;
+    for (const Isa isa : isas) {
+      std::string wrong;
+      try {
+        const Results results = one.run(isa);
+        if (isa == Isa::generic) {
+          want = results;
+          std::printf("%016llx %s\n", static_cast<unsigned long long>(want.hash()), one.name.c_str());
+        }
+        const std::size_t at = results.difference(want);
+        if (at != want.size()) wrong = "byte " + std::to_string(at) + " of " + std::to_string(want.size()) + " differs";
+      } catch (const std::logic_error& error) {
+        wrong = error.what();
+      }
+      if (wrong.empty()) continue;
+      std::fprintf(stderr, "%s on %s: %s\n", one.name.c_str(), isa_name(isa), wrong.c_str());
+      ++failures;
+    }
+  }
+  return failures ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace dapji
+
+int main() { return dapji::run(); }
