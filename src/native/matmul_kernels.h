@@ -2,9 +2,9 @@
 //
 // The sum over columns goes block by block (32 columns). A block's sum of products is an exact integer, whichever
 // instructions compute it; then, in float32, sum = fma(block, scale * activation scale, sum), and in affine formats
-// sum = fma(min, activation sum, sum). That is the one order of every kernel here: one token takes its codes from the
-// panel in registers (Packed); more tokens first unpack a stretch of a few panels to scratch (Unpacked), where it stays
-// in the first-level cache, and then run register tiles of S::rows panels x S::tokens tokens over it.
+// sum = fma(min, activation sum, sum). That is the one order of every kernel here: few tokens take their codes from the
+// panel in registers (Packed); many first unpack a stretch of a few panels to scratch (Unpacked), where it stays in the
+// first-level cache, and then run register tiles of S::rows panels x S::tokens tokens over it.
 #pragma once
 
 #include <type_traits>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kStretch = 16;        // blocks of a panel that are unpacked at a time
 constexpr int kChunk = 768;         // tokens that share one unpacking; a multiple of all tile sizes
-constexpr size_t kPrefetch = 4096;  // bytes ahead of the block that a one-token kernel works on
+constexpr size_t kPrefetch = 4096;  // bytes ahead of what a kernel reads of a panel
 
 // Calls f(std::integral_constant) for 0 .. n - 1, unrolled.
 template <class Function, int... i>
@@ -379,27 +379,37 @@ DAPJI_INLINE void finish(typename S::F r, const PanelsView& w, int64_t p, const 
   S::store(at, r, n);
 }
 
-// ---- one token: codes straight from the panels ----
+// ---- few tokens: codes straight from the panels, which a step reads from memory once ----
 
-template <class S, Format format>
-void one_token(const PanelsView& w, const Quantized& x, int64_t p0, int64_t p1, float* y, const Epilogue& epilogue) {
+constexpr int kFew = 8;
+
+// One panel for the tokens from `token` on; those after the first T find it in the cache.
+template <class S, Format format, int T>
+DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t token, int64_t p, float* y,
+                             size_t ldy, const Epilogue& epilogue) {
   constexpr Layout l = layout(format);
   const int64_t units = x.cols / kBlock / l.blocks;
-  for (int64_t p = p0; p < p1; ++p) {
+  for (; token + T <= tokens; token += T) {
     const uint8_t* unit = w.data + static_cast<size_t>(p) * w.panel_bytes;
-    typename S::F sum[1][1] = {{S::zero()}};
+    typename S::F sum[1][T];
+    for (int t = 0; t < T; ++t) sum[0][t] = S::zero();
     for (int64_t u = 0; u < units; ++u, unit += l.unit_bytes()) {
       for (int at = 0; at < l.unit_bytes(); at += 64) __builtin_prefetch(unit + kPrefetch + at);
       for (int b = 0; b < l.blocks; ++b) {
         const Packed<S, format> block{unit, b};
-        add_block<S, 1, 1>(&block, activations(x, 0, u * l.blocks + b), sum);
+        add_block<S, 1, T>(&block, activations(x, token, u * l.blocks + b), sum);
       }
     }
-    finish<S>(sum[0][0], w, p, epilogue, y);
+    for (int t = 0; t < T; ++t) {
+      finish<S>(sum[0][t], w, p, epilogue, y + static_cast<size_t>(token + t) * ldy);
+    }
+  }
+  if constexpr (T > 1) {
+    if (token < tokens) few_tokens<S, format, smaller(T)>(w, x, tokens, token, p, y, ldy, epilogue);
   }
 }
 
-// ---- several tokens: a stretch of R panels is unpacked once for all of them ----
+// ---- many tokens: a stretch of R panels is unpacked once for all of them ----
 
 // Partial sums of a tile between stretches, [panel][token][16] of a chunk. Float32 stores and loads change no bits.
 template <class S, class Block, int R, int T>
@@ -473,7 +483,11 @@ void some_panels(const PanelsView& w, const Quantized& x, int64_t tokens, int64_
 template <class S, Format format>
 void linear_format(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p0, int64_t p1, float* y,
                    size_t ldy, const Epilogue& epilogue, void* scratch) {
-  if (tokens == 1) return one_token<S, format>(w, x, p0, p1, y, epilogue);
+  if (tokens <= kFew) {
+    constexpr int most = S::rows * S::tokens < kFew ? S::rows * S::tokens : kFew;  // sums that fit the registers
+    for (int64_t p = p0; p < p1; ++p) few_tokens<S, format, most>(w, x, tokens, 0, p, y, ldy, epilogue);
+    return;
+  }
   for (int64_t t0 = 0; t0 < tokens; t0 += kChunk) {
     const int64_t n = tokens - t0 < kChunk ? tokens - t0 : kChunk;
     const Quantized some = x.from(t0);
