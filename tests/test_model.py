@@ -225,7 +225,7 @@ def test_wrong_options_are_refused(model: Model) -> None:
 
 def test_summary_and_files(model: Model, path: Path) -> None:
     n = sum(np.prod(tensor.shape) for tensor in read_gguf(path).tensors.values())
-    assert model.summary == f"{n / 1e6:.3g}M parameters, F32, context 512"
+    assert model.summary == f"{n / 1e6:.3g}M parameters of 32 bits, context 512"
     assert model.name == "tiny.gguf"
     assert model.engine.end_tokens == {model.tokenizer.control["<|im_end|>"], model.tokenizer.control["<|endoftext|>"]}
 

@@ -146,10 +146,11 @@ class Model:
 
     @property
     def summary(self) -> str:
-        """One line: size, format of most weights, context."""
+        """One line: size, bits per weight, context."""
         n = sum(tensor.rows * tensor.cols for tensor in self.files.tensors.values())
         size = f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M"
-        return f"{size} parameters, {next(iter(self.files.checkpoint.formats))}, context {self.engine.context}"
+        bits = 8 * self.files.checkpoint.nbytes / n
+        return f"{size} parameters of {bits:.2g} bits, context {self.engine.context}"
 
     def options(
         self,
