@@ -18,21 +18,18 @@ MAX_STEP_TOKENS = 8
 # match is followed for as long as it lasts.
 _SHORTEST, _LONGEST = 2, 3
 
-_MANY_COST, _TOKEN_COST = 0.9, 0.15  # of `step_cost`
+_TOKEN_COST = 0.3  # of `step_cost`
 _LEAST_GAIN = 1.1  # in expected tokens per time
-_RATE, _RATE_WEIGHT = (
-    0.5,
-    1 / 8,
-)  # acceptance rate before the first proposal; weight of the latest in its moving average
+_FIRST_RATE = 0.4  # acceptance rate, before anything has been proposed
+_RATE_WEIGHT = 1 / 8  # of the latest proposal in the moving average of the rate
 
 
 def step_cost(n_tokens: int) -> float:
     """Time of a step of 1 to MAX_STEP_TOKENS tokens, in times of a step of one.
 
-    One token's products take codes as memory delivers them; for more, the kernels unpack codes first, which costs once.
-    benchmarks/speculation.py measures it.
+    benchmarks/speculation.py measures it: less with AVX-512, up to 0.45 a token with AVX2.
     """
-    return 1.0 if n_tokens == 1 else 1.0 + _MANY_COST + _TOKEN_COST * (n_tokens - 1)
+    return 1.0 + _TOKEN_COST * (n_tokens - 1)
 
 
 class Speculation:
@@ -48,7 +45,7 @@ class Speculation:
         self._n_prompt = n_prompt
         self._length = 0  # tokens seen
         self._match = 0  # the end of what matches the end of tokens[:_length]; 0: nothing does
-        self._rate = _RATE
+        self._rate = _FIRST_RATE
         self._ends: dict[bytes, int] = {}  # of the latest occurrence of each n-gram
 
     def update(self, length: int) -> None:
