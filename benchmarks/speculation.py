@@ -123,7 +123,7 @@ def main() -> None:
     print(f"| model | task | tokens | proposals accepted | without | with | ratio |\n{'|---' * 7}|")
     print("\n".join(lines))
     unit = "of the processor" if arguments.processor_time else "by the clock"
-    print(f"\nTokens per second {unit}, {arguments.threads} threads.\n")
+    print(f"\nTokens per second {unit}; threads: {arguments.threads}.\n")
     sizes = range(1, MAX_STEP_TOKENS + 1)
     print(f"| step of one token | {' | '.join(map(str, sizes))} |\n{'|---' * (MAX_STEP_TOKENS + 1)}|")
     print("\n".join(steps))

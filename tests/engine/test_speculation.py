@@ -130,7 +130,7 @@ def test_every_end_inside_a_proposal(sampling: Sampling, eager: None) -> None:
 @pytest.mark.parametrize("min_tokens", [0, 30])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=9)])
 def test_end_tokens_inside_a_proposal(sampling: Sampling, min_tokens: int, eager: None) -> None:
-    for token in range(VOCAB):
+    for token in range(0, VOCAB, 3):
         wanted = request(sampling=sampling, min_tokens=min_tokens, stop_tokens=frozenset({(token + 1) % VOCAB}))
         assert said(run(wanted, end_tokens=(token,))) == said(run(wanted, end_tokens=(token,), speculate=False))
 
