@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ class Terminal:
             encoding="utf-8",
             dimensions=(30, 100),
             timeout=60,
+            # Whoever runs the tests in the background ignores the signal of Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.seen = io.StringIO()
         """Everything, with its escape sequences."""
@@ -243,7 +246,7 @@ def smollm2() -> Path:
 
 def test_a_real_model(smollm2: Path, tmp_path: Path, open_chat: Callable[..., Terminal]) -> None:
     """A language model of 135M parameters answers, is stopped in the middle of an answer, and goes on."""
-    chat = open_chat("-m", smollm2, "--temperature", "0", "--max-tokens", "24", "--context", "1024")
+    chat = open_chat("-m", smollm2, "--temperature", "0", "--max-tokens", "300", "--context", "1024")
     assert "Tokyo" in chat.enter("What is the capital city of Japan?")
     chat.type("Tell me a very long story about a cat.\r")
     chat.wait_for("\x1b[?2004l")  # the prompt has let go
