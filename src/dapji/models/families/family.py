@@ -110,8 +110,8 @@ class Sizes:
     rope: RopeConfig
 
     def __post_init__(self) -> None:
-        if self.n_layers > MAX_LAYERS:
-            raise ConfigError(f"n_layers ({self.n_layers}) must be at most {MAX_LAYERS}")
+        if not 1 <= self.n_layers <= MAX_LAYERS:
+            raise ConfigError(f"n_layers ({self.n_layers}) must be 1 to {MAX_LAYERS}")
 
     def layer(self, *, window: int | None, qkv_bias: bool, out_bias: bool, feed_forward_bias: bool) -> LayerConfig:
         return LayerConfig(
