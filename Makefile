@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed ## speed of this machine beside llama.cpp, where that is built
+	$(BIN)/pip install -q --group benchmarks
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 setup: $(VENV)/.installed ## create .venv with what running needs
