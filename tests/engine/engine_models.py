@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
+from dapji.engine.blocks import BlockPool
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
 from dapji.models.executor import Executor, ExecutorKind, open_executor
 from dapji.ops.batch import KV_BLOCK, Batch
@@ -87,10 +88,25 @@ class HashExecutor:
         return logits
 
     def copy_block(self, source: int, target: int) -> None:
-        raise NotImplementedError
+        source, target = source * KV_BLOCK, target * KV_BLOCK
+        self._cache[:, target : target + KV_BLOCK] = self._cache[:, source : source + KV_BLOCK]
 
     def close(self) -> None:
         pass
+
+
+def tree(pool: BlockPool) -> dict[int, tuple[int, ...]]:
+    """Each block of the pool's tree, with all tokens from the root to its end."""
+    found: dict[int, tuple[int, ...]] = {}
+
+    def visit(parent: int, history: tuple[int, ...]) -> None:
+        for key, block in pool._children[parent].items():
+            assert block not in found, "twice in the tree"
+            found[block] = (*history, *np.frombuffer(key, dtype=np.int32).tolist())
+            visit(block, found[block])
+
+    visit(pool.root, ())
+    return found
 
 
 class Gate:

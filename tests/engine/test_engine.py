@@ -83,13 +83,12 @@ def test_the_next_turn_finds_prompt_and_answer_in_the_cache() -> None:
         second = first + answer + [6] * 10
         (*_, last) = outputs = list(engine.generate(request(second)))
         assert last.finish is not None
-        # Of the 51 tokens of the first turn the last was never computed: 50 // 16 whole blocks.
-        assert last.finish.usage.cached == 48
+        assert last.finish.usage.cached == 50  # of the 51 tokens of the first turn the last was never computed
         assert [output.token for output in outputs] == greedy(second, 8)
         changed = first + answer[:12] + [7] * 20  # agrees for 33 tokens
         (*_, last) = outputs = list(engine.generate(request(changed)))
         assert last.finish is not None
-        assert last.finish.usage.cached == 32
+        assert last.finish.usage.cached == 33
         assert [output.token for output in outputs] == greedy(changed, 8)
 
 
@@ -127,7 +126,7 @@ def test_score_equals_a_float64_softmax_and_reads_its_prefix_from_the_cache() ->
                 exact = hash_logits(ids[:i]).astype(np.float64)
                 assert scores[i - start] == pytest.approx(exact[ids[i]] - np.log(np.exp(exact).sum()), abs=1e-6)
             computed = sum(len(batch.tokens) for batch in executor.batches[before:])
-            assert computed == 299 - (start - 1) // 16 * 16 if start > 1 else computed == 299
+            assert computed == 299 - (start - 1) if start > 1 else computed == 299
         assert_all_blocks_free(engine)
 
 
@@ -497,6 +496,49 @@ def test_without_a_running_loop_there_is_no_async_stream() -> None:
 
 
 # Many at once
+
+
+def test_samples_of_one_prompt_read_it_once_and_share_its_blocks() -> None:
+    prompt, sampling = list(range(30)) * 10, Sampling(temperature=1, seed=5)
+    alone = []
+    for one in sampling.split(8):
+        with Engine(HashExecutor()) as engine:
+            alone.append(tokens(engine.generate(request(prompt, 20, sampling=one))))
+    assert len(set(map(tuple, alone))) == 8
+    executor = HashExecutor(n_blocks=35)
+    with Engine(executor, step_tokens=64, max_running=8) as engine:
+        streams = [engine.generate(request(prompt, 20, sampling=one)) for one in sampling.split(8)]
+        assert [tokens(stream) for stream in streams] == alone
+        assert_all_blocks_free(engine)
+    # 18 full blocks of the prompt once, and each answer's own two: no sample was preempted. The others begin by
+    # computing the last token, whose logits they draw from.
+    assert sum(len(batch.tokens) for batch in executor.batches) == 300 + 7 + 8 * 19
+
+
+def test_a_long_prompt_does_not_stop_streams(gated: tuple[Engine, Gate]) -> None:
+    engine, gate = gated
+    streams = [engine.generate(request([i] * 5, 25)) for i in range(3)]
+    gate.open(5)
+    for stream in streams:
+        next(stream)
+    long = engine.generate(request([9] * 600, 1))
+    gate.open(1000)
+    assert tokens(long) == greedy([9] * 600, 1)
+    assert [tokens(stream) for stream in streams] == [greedy([i] * 5, 25)[1:] for i in range(3)]
+    shares = [np.diff(batch.starts).tolist() for batch in engine._executor.batches]
+    assert [share for share in shares if max(share) > 5] == [[1, 1, 1, 64]] * 9 + [[1, 1, 1, 24]]
+
+
+def test_a_short_question_does_not_wait_for_a_second_sample_of_a_long_prompt() -> None:
+    executor = HashExecutor()
+    with Engine(executor, step_tokens=32, max_running=4) as engine:
+        samples = [engine.generate(request([1, 2] * 200, 4)) for _ in range(2)]
+        short = engine.generate(request([3], 3))
+        assert tokens(short) == greedy([3], 3)
+        for sample in samples:
+            assert tokens(sample) == greedy([1, 2] * 200, 4)
+    ended = max(i for i, batch in enumerate(executor.batches) if 3 in batch.tokens[batch.positions == 0])
+    assert ended < 12
 
 
 def test_requests_that_do_not_fit_together_are_preempted_and_lose_nothing() -> None:

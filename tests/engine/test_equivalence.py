@@ -7,6 +7,8 @@ drawn with fixed seeds, and log-probabilities within float32 rounding.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine_models import tiny_executor
@@ -16,6 +18,7 @@ from dapji.engine.sampling import Sampler
 from dapji.models.executor import ExecutorKind
 from dapji.ops import native
 from dapji.ops.batch import Batch
+from dapji.ops.reference import KvFormat
 
 SAMPLING = Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.05, seed=42)
 N_TOKENS = 40
@@ -42,10 +45,11 @@ def loop(kind: ExecutorKind, *, window: int | None) -> list[int]:
 
 
 def answers(
-    kind: ExecutorKind, *, window: int | None = None, quantized: bool = False
+    kind: ExecutorKind, *, window: int | None = None, quantized: bool = False, kv: KvFormat = "f16"
 ) -> list[tuple[int, list[Output]]]:
-    """Cached prompt tokens and outputs for MINE: alone, on a cached prefix, with the prompt in chunks of 9, and among
-    seven others that take each other's blocks."""
+    """Cached prompt tokens and outputs for MINE: alone, on its cached prompt, on prefixes of others that end within a
+    block, with the prompt in chunks of 9, as one of several samples, and among seven others that take each other's
+    blocks."""
     found = []
 
     def ask(engine: Engine) -> None:
@@ -55,13 +59,25 @@ def answers(
         found.append((finish.usage.cached, outputs))
 
     def executor(n_blocks: int = 32) -> object:
-        return tiny_executor(kind, quantized=quantized, n_blocks=n_blocks, window=window)
+        return tiny_executor(kind, quantized=quantized, kv=kv, n_blocks=n_blocks, window=window)
 
     with Engine(executor()) as engine:
         ask(engine)
         ask(engine)
+    for n_shared in (5, 21, 47):
+        with Engine(executor()) as engine:
+            prompt = [*MINE.prompt[:n_shared], *random_prompt(9, 20)]
+            running = engine.generate(Request(prompt=prompt, max_tokens=50))
+            next(running)
+            ask(engine)
+            running.close()
     with Engine(executor(), step_tokens=9, max_running=1) as engine:
         ask(engine)
+    with Engine(executor(), step_tokens=32, max_running=4) as engine:
+        samples = [engine.generate(replace(MINE, sampling=one)) for one in Sampling(seed=1).split(3)]
+        ask(engine)
+        for sample in samples:
+            list(sample)
     with Engine(executor(n_blocks=10), step_tokens=40, max_running=8) as engine:
         others = [
             engine.generate(Request(prompt=random_prompt(i, 7 * i), max_tokens=50, sampling=Sampling(seed=i)))
@@ -79,15 +95,17 @@ def test_tokens_equal_those_of_a_plain_loop(kind: ExecutorKind, window: int | No
     expected = loop(kind, window=window)
     assert len(set(expected)) > 10  # no degenerate repetition that would hide a difference
     found = answers(kind, window=window)
-    assert [cached for cached, _ in found[:3]] == [0, 48, 0]
+    assert [cached for cached, _ in found[:7]] == [0, 59, 5, 21, 47, 0, 59]
     for _, outputs in found:
         assert [output.token for output in outputs] == expected
 
 
 @needs_native
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_on_the_native_executor_every_bit_is_the_same(quantized: bool) -> None:
-    alone, *others = ([(o.token, o.logprobs) for o in outputs] for _, outputs in answers("native", quantized=quantized))
+def test_on_the_native_executor_every_bit_is_the_same(quantized: bool, kv: KvFormat) -> None:
+    found = answers("native", quantized=quantized, kv=kv)
+    alone, *others = ([(output.token, output.logprobs) for output in outputs] for _, outputs in found)
     for other in others:
         assert other == alone
 

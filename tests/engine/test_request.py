@@ -56,3 +56,9 @@ def test_requests_out_of_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError) as caught:
         Request(**{"prompt": [1], **fields})
     assert caught.value.message == message
+
+
+def test_split_counts_the_seed_up() -> None:
+    sampling = Sampling(temperature=0.5, seed=2**64 - 2)
+    assert sampling.split(3) == [Sampling(temperature=0.5, seed=seed) for seed in (2**64 - 2, 2**64 - 1, 0)]
+    assert Sampling(top_k=3).split(2) == [Sampling(top_k=3)] * 2

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_models import VOCAB, HashExecutor, hash_logits, repeating_logits, tiny_executor
+from engine_models import VOCAB, HashExecutor, hash_logits, repeating_logits, tiny_executor, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapji.engine import Engine, Output, Request, Sampling, speculation
-from dapji.engine.blocks import chain_key
 from dapji.engine.sampling import Sampler
 from dapji.engine.speculation import Speculation, step_cost
 from dapji.ops import native
@@ -165,7 +164,7 @@ def test_the_next_turn_finds_final_tokens_in_the_cache(eager: None) -> None:
             outputs = list(engine.generate(second))
             assert [output.token for output in outputs] == plain(second)
             # The last token of the first turn was never computed.
-            assert said(outputs)[-1][3] == (len(PROMPT) + n - 1) // KV_BLOCK * KV_BLOCK
+            assert said(outputs)[-1][3] == len(PROMPT) + n - 1
 
 
 # Among others
@@ -203,7 +202,7 @@ def test_any_mix_ends_with_the_right_tokens_and_only_final_ones_are_published(
 ) -> None:
     """Preempted, cancelled, on cached prefixes; with a scored text among them."""
     executor = HashExecutor(n_blocks=n_blocks, logits=repeating_logits)
-    contents: dict[bytes, list[int]] = {}
+    texts = [PROMPT]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "step_cost", lambda n_tokens: 1.0)
         with Engine(executor, step_tokens=step_tokens, mixed_prompt_tokens=mixed, max_running=4) as engine:
@@ -221,22 +220,14 @@ def test_any_mix_ends_with_the_right_tokens_and_only_final_ones_are_published(
                     stream.close()
                 else:
                     assert [output.token for output in stream] == expected
-                contents |= blocks_of([*wanted.prompt, *expected])
-            contents |= blocks_of(PROMPT)
+                texts.append([*wanted.prompt, *expected])
             pool = engine._scheduler.pool
             assert not engine._scheduler.busy
             assert pool.available == n_blocks
-            for key, block in pool._block_of.items():
-                assert executor._cache[0, block * KV_BLOCK : (block + 1) * KV_BLOCK].tolist() == contents[key]
-
-
-def blocks_of(tokens: list[int]) -> dict[bytes, list[int]]:
-    """What each key of a text's blocks stands for."""
-    key, found = b"", {}
-    for at in range(0, len(tokens) // KV_BLOCK * KV_BLOCK, KV_BLOCK):
-        key = chain_key(key, np.array(tokens[at : at + KV_BLOCK], dtype=np.int32))
-        found[key] = tokens[at : at + KV_BLOCK]
-    return found
+            for block, history in tree(pool).items():
+                assert any(text[: len(history)] == list(history) for text in texts)
+                own = history[(len(history) - 1) // KV_BLOCK * KV_BLOCK :]
+                assert executor._cache[0, block * KV_BLOCK :][: len(own)].tolist() == list(own)
 
 
 # What pays

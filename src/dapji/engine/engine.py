@@ -336,8 +336,10 @@ class Engine:
                     if self._scheduler.busy:
                         break
                     self._wake.wait()
-                chunks, batch = self._scheduler.plan()
+                copies, chunks, batch = self._scheduler.plan()
             try:
+                for source, target in copies:
+                    self._executor.copy_block(source, target)
                 logits = self._executor.step(batch)
             except Exception as error:
                 self._fail([chunk.sequence for chunk in chunks], error)

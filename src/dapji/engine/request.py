@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dapji.errors import RequestError
@@ -78,6 +78,12 @@ class Sampling:
             _check_number(f"logit_bias[{token}]", bias, "from -100 to 100", lambda v: -100 <= v <= 100)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
+
+    def split(self, n: int) -> list[Sampling]:
+        """For n answers to one prompt: they differ in the seed, which counts up from this one's, if it has one."""
+        if self.seed is None:
+            return [self] * n
+        return [replace(self, seed=(self.seed + i) % 2**64) for i in range(n)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,9 @@ Knows tokens, positions and blocks; neither sampling nor threads nor what a sequ
 
 The policy, in full:
 
-- Sequences are admitted in the order of arrival, when there are blocks for all their tokens so far; none overtakes.
+- Sequences are admitted in the order of arrival, when there are blocks for all their tokens so far; none overtakes
+  one that waits for blocks.
+- What another sequence is reading now is not read beside it: as long as that saves a block or more, a sequence waits.
 - A step holds at most `budget` tokens. Every admitted sequence that needs a single token gets it: a stream advances at
   every step. The prompts get the rest, but beside streams at most `mixed_prompt_tokens`, so that a long prompt slows
   streams down instead of stopping them. They share it evenly; what a short one leaves goes to the longer.
@@ -27,7 +29,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dapji.engine.blocks import BlockPool, chain_key
+from dapji.engine.blocks import BlockPool
 from dapji.engine.speculation import MAX_STEP_TOKENS
 from dapji.ops.batch import KV_BLOCK, Batch
 
@@ -51,8 +53,6 @@ class Sequence:
         self.blocks = array("i")  # an array, so that numpy copies it as a whole at every step
         self.cached: int | None = None
         """Tokens found in the cache at the first admission; None before it."""
-        self._keys: list[bytes] = []
-        self._n_published = 0
 
     @property
     def remaining(self) -> int:
@@ -66,49 +66,49 @@ class Sequence:
         """
         return 0
 
-    def _extend_keys(self, n: int) -> None:
-        for i in range(len(self._keys), n):
-            parent = self._keys[-1] if i else b""
-            self._keys.append(chain_key(parent, self.tokens[i * KV_BLOCK : (i + 1) * KV_BLOCK]))
-
     def admit(self, pool: BlockPool) -> bool:
         """Takes cached blocks and fresh ones for all tokens so far; False, and nothing taken, if they do not suffice.
 
-        Cached blocks are used only before `wanted`: tokens whose logits are needed must be computed.
+        What is cached counts only before `wanted`: tokens whose logits are needed must be computed.
         """
-        n_reusable = self.wanted // KV_BLOCK
-        self._extend_keys(n_reusable)
-        found = pool.find(self._keys[:n_reusable])
-        n_fresh = -(-self.length // KV_BLOCK) - len(found)
-        if n_fresh > pool.available - pool.unreferenced(found):
+        found = pool.find(self.tokens[: self.wanted])
+        n_fresh = _n_blocks(self.length) - len(found.blocks)
+        if n_fresh > pool.available - pool.unreferenced(found.blocks):
             return False
-        pool.acquire(found)
-        self.blocks.extend(found)
-        self.blocks.extend(pool.allocate() for _ in range(n_fresh))
-        self._n_published = len(found)
-        self.computed = len(found) * KV_BLOCK
+        pool.acquire(found.blocks)
+        self.blocks.extend(found.blocks)
+        if found.partial is not None:
+            self.blocks.append(pool.copy(found.partial))
+        self.blocks.extend(pool.allocate() for _ in range(_n_blocks(self.length) - len(self.blocks)))
+        self.computed = found.n_tokens
         if self.cached is None:
             self.cached = self.computed
         return True
 
+    def awaits(self, other: Sequence) -> bool:
+        """The other, which is running, has yet to read at least a block's worth of what this one could share."""
+        end = other.computed + KV_BLOCK
+        return end <= min(self.wanted, other.length) and np.array_equal(self.tokens[:end], other.tokens[:end])
+
     def advance(self, end: int, pool: BlockPool) -> None:
-        """A step computed the tokens up to `end` and its rows were taken: blocks that became full are published.
+        """A step computed the tokens up to `end` and its rows were taken: they can be found from now on.
 
         What the cache holds beyond `wanted` is of proposed tokens that were not drawn, and will be overwritten.
         """
+        first = self.computed // KV_BLOCK
         self.computed = min(end, self.wanted)
-        n_full = self.computed // KV_BLOCK
-        if n_full > self._n_published:
-            self._extend_keys(n_full)
-            for i in range(self._n_published, n_full):
-                pool.publish(self.blocks[i], self._keys[i])
-            self._n_published = n_full
+        for i in range(first, _n_blocks(self.computed)):
+            tokens = self.tokens[i * KV_BLOCK : min(self.computed, (i + 1) * KV_BLOCK)]
+            self.blocks[i] = pool.publish(self.blocks[i], tokens, parent=self.blocks[i - 1] if i else pool.root)
 
     def release(self, pool: BlockPool) -> None:
         pool.release(self.blocks)
         del self.blocks[:]
         self.computed = 0
-        self._n_published = 0
+
+
+def _n_blocks(n_tokens: int) -> int:
+    return -(-n_tokens // KV_BLOCK)
 
 
 S = TypeVar("S", bound=Sequence)
@@ -167,8 +167,11 @@ class Scheduler(Generic[S]):
             if chunk.sequence.blocks:
                 chunk.sequence.advance(chunk.end, self.pool)
 
-    def plan(self) -> tuple[list[Chunk[S]], Batch]:
-        """The next step. The scheduler must be busy."""
+    def plan(self) -> tuple[list[tuple[int, int]], list[Chunk[S]], Batch]:
+        """The next step: blocks to copy before it, as (source, target) in this order; shares of it; and the batch.
+
+        The scheduler must be busy.
+        """
         self._grow()
         self._admit()
         chunks: list[Chunk[S]] = []
@@ -178,7 +181,8 @@ class Scheduler(Generic[S]):
             chunks.append(Chunk(sequence=sequence, end=end, rows=slice(n_rows, n_rows + rows)))
             n_rows += rows
         assert chunks, "the oldest sequence always fits"
-        return chunks, _batch(chunks, n_rows)
+        copies, self.pool.copies = self.pool.copies, []
+        return copies, chunks, _batch(chunks, n_rows)
 
     def _grow(self) -> None:
         """A block for every admitted sequence whose next token has none; the oldest are served first."""
@@ -195,8 +199,15 @@ class Scheduler(Generic[S]):
             i += 1
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_running and self._waiting[0].admit(self.pool):
-            self._running.append(self._waiting.popleft())
+        for sequence in tuple(self._waiting):
+            if len(self._running) == self._max_running:
+                break
+            if any(sequence.awaits(other) for other in self._running):
+                continue
+            if not sequence.admit(self.pool):
+                break
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
 
     def _shares(self) -> Iterator[tuple[S, int]]:
         """Each sequence of the step with the end of its chunk."""
@@ -231,7 +242,7 @@ class Scheduler(Generic[S]):
 
 def _batch(chunks: list[Chunk[S]], n_rows: int) -> Batch:
     n_tokens = sum(chunk.end - chunk.sequence.computed for chunk in chunks)
-    n_blocks = max(-(-chunk.end // KV_BLOCK) for chunk in chunks)
+    n_blocks = max(_n_blocks(chunk.end) for chunk in chunks)
     tokens = np.empty(n_tokens, dtype=np.int32)
     positions = np.empty(n_tokens, dtype=np.int32)
     starts = np.zeros(len(chunks) + 1, dtype=np.int32)
@@ -244,7 +255,7 @@ def _batch(chunks: list[Chunk[S]], n_rows: int) -> Batch:
         stop = at + end - first
         tokens[at:stop] = sequence.tokens[first:end]
         positions[at:stop] = np.arange(first, end)
-        n_used = -(-end // KV_BLOCK)
+        n_used = _n_blocks(end)
         blocks[b, :n_used] = sequence.blocks[:n_used]
         rows[chunk.rows] = np.arange(stop - (chunk.rows.stop - chunk.rows.start), stop)
         at = stop
