@@ -3,7 +3,7 @@
     python benchmarks/peer.py        builds once, into build/llama.cpp (some 25 minutes on two cores)
 
 The sources are those in llama-cpp-python's archive, pinned by hash in tests/oracles.py. LLAMA_CPP names a folder with
-llama-bench, llama-perplexity and llama-quantize of another build.
+these programs of another build.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "tests"))
 import oracles  # noqa: E402
 
 BUILD = ROOT / "build" / "llama.cpp"
-PROGRAMS = ("llama-bench", "llama-perplexity", "llama-quantize")
+PROGRAMS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-server")
 FLAGS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_UI=OFF")
 
 
