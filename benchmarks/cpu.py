@@ -83,8 +83,8 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[Any, int]:
     return json.loads(output), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_dapji(module: str, *arguments: object) -> Any:
-    return run([sys.executable, *module.split(), *map(str, arguments)], dict(os.environ))[0]
+def run_dapji(module: str, *arguments: object) -> tuple[Any, int]:
+    return run([sys.executable, *module.split(), *map(str, arguments)], dict(os.environ))
 
 
 class Peer:
@@ -122,7 +122,7 @@ def measure_speed(name: str, path: Path, threads: int) -> Results:
     ours, prompts, decodes = [], [], []
     for round in range(rounds):
         print(f"speed: {name}: round {round + 1} of {rounds}", file=sys.stderr)
-        ours.append(run_dapji(*bench, "--threads", threads, "--repeats", repeats))
+        ours.append(run_dapji(*bench, "--threads", threads, "--repeats", repeats)[0])
         prompts.append(other.rate(prompt=PROMPT, flags=best_prompt, repeats=repeats)[0])
         decodes.append(other.rate(decode=decode, flags=best_decode, repeats=repeats)[0])
     files = open_files(path)
@@ -131,19 +131,18 @@ def measure_speed(name: str, path: Path, threads: int) -> Results:
         "threads": threads,
         **{key: median(run["machine"][key] for run in ours) for key in ("read_bandwidth", "int8_peak")},
         "work": asdict(work),
-        "prompt": {
-            "tokens": PROMPT,
-            "operations": ours[0]["prompt"]["operations_per_token"],
-            "dapji": [run["prompt"]["median"] for run in ours],
-            "peer": prompts,
-            "flags": named(best_prompt),
-        },
-        "decode": {
-            "tokens": decode,
-            "bytes": ours[0]["decode"]["bytes_per_token"],
-            "dapji": [run["decode"]["median"] for run in ours],
-            "peer": decodes,
-            "flags": named(best_decode),
+        **{
+            what: {
+                "tokens": tokens,
+                cost: ours[0][what][f"{cost}_per_token"],
+                "dapji": [run[what]["median"] for run in ours],
+                "peer": rates,
+                "flags": named(flags),
+            }
+            for what, tokens, cost, rates, flags in (
+                ("prompt", PROMPT, "operations", prompts, best_prompt),
+                ("decode", decode, "bytes", decodes, best_decode),
+            )
         },
     }
 
@@ -157,7 +156,7 @@ def measure_lengths(name: str, path: Path, threads: int, lengths: list[int], don
     for length in sorted({min(length, limit) for length in lengths}):
         rounds = 3 if length <= 2048 else 1
         shorter = results.get(str(SEARCHED)) if length > SEARCHED else None
-        ours: list[Results] = []
+        ours: list[tuple[Results, int]] = []
         prompts: dict[int, list[tuple[float, int]]] = {}
         decodes: dict[int, list[float]] = {}
         for round in range(rounds):
@@ -175,19 +174,19 @@ def measure_lengths(name: str, path: Path, threads: int, lengths: list[int], don
         results[str(length)] = {
             "threads": threads,
             "prompt": {
-                "dapji": [run["prompt"] for run in ours],
+                "dapji": [rates["prompt"] for rates, _ in ours],
                 "peer": [rate for rate, _ in prompts[prompt]],
                 "flags": named((*best_prompt[:2], prompt)),
                 "flash": prompt,
             },
             "decode": {
-                "dapji": [run["decode"] for run in ours],
+                "dapji": [rates["decode"] for rates, _ in ours],
                 "peer": decodes[decode],
                 "flags": named((*best_decode[:2], decode)),
                 "flash": decode,
             },
             "memory": {
-                "dapji": [run["peak_memory"] for run in ours],
+                "dapji": [memory for _, memory in ours],
                 "peer": [memory for _, memory in prompts[prompt]],
             },
         }

@@ -1,4 +1,4 @@
-"""A prompt and an answer in a process of their own, as JSON: their speed, and the most memory the process ever held.
+"""The speed of a prompt and an answer in a process of their own, as JSON; its memory is measured from outside.
 
     python benchmarks/one_request.py smollm2-135m --prompt 4096 --decode 32
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import sys
 
 import numpy as np
 
 import dapji
-from dapji.engine import Finish, Request, Sampling
+from dapji.evaluation.speed import answer_random
 
 WARM_UP = 256
 """Tokens of a prompt that does not count: threads have started and buffers exist."""
@@ -33,24 +31,13 @@ def main() -> None:
 
     context = max(n_prompt + n_decode, WARM_UP) + 1
     with dapji.load(arguments.model, context=context, threads=arguments.threads, speculate=False) as model:
-
-        def answer(n_prompt: int, n_tokens: int) -> Finish:
-            prompt = random.integers(model.tokenizer.vocab_size, size=n_prompt).tolist()
-            sampling = Sampling(temperature=0)
-            request = Request(
-                prompt=prompt, max_tokens=n_tokens, min_tokens=n_tokens, sampling=sampling, ignore_eos=True
+        for n_before, n_tokens in ((WARM_UP, 1), (n_prompt, n_decode + 1)):
+            finish = answer_random(
+                model.engine, random, vocab_size=model.tokenizer.vocab_size, n_before=n_before, n_tokens=n_tokens
             )
-            *_, last = model.engine.generate(request)
-            assert last.finish is not None
-            return last.finish
-
-        answer(WARM_UP, 1)
-        finish = answer(n_prompt, n_decode + 1)
-    unit = 1 if sys.platform == "darwin" else 1024
     result = {
         "prompt": n_prompt / finish.timings.first_token,
         "decode": finish.tokens_per_second if n_decode else None,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
     print(json.dumps(result))
 

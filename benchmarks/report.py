@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,9 +82,7 @@ def chart(path: Path, *, title: str, x: str, y: str, width: float = 7.5, height:
     path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
 
 
-def lines(
-    path: Path, *, title: str, x: str, y: str, series: Mapping[str, Mapping[int, float]], **axes_settings: Any
-) -> None:
+def lines(path: Path, *, title: str, x: str, y: str, series: Mapping[str, Mapping[int, float]]) -> None:
     """One line for each name, over x (powers of two, labelled where there is a point); llama.cpp's are dashed.
 
     Two names that are alike up to their last word (", Dapji", ", llama.cpp") share a colour.
@@ -107,10 +105,8 @@ def lines(
                 label=name,
             )
         ticks = sorted({value for points in series.values() for value in points})
-        axes.set_xscale(
-            "symlog" if ticks[0] == 0 else "log", base=2, **({"linthresh": ticks[1]} if not ticks[0] else {})
-        )
+        axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(ylim=(0, None), **axes_settings)
+        axes.set(ylim=(0, None))
         axes.legend()

@@ -35,7 +35,7 @@ from typing import Any
 
 import peer
 import report
-from cpu import find_model
+from cpu import find_model, named
 from dapji import load
 from dapji.engine import Engine, Request, Sampling
 from dapji.model import Model
@@ -158,8 +158,7 @@ def measure(name: str, path: Path, threads: int, numbers: list[int], rounds: int
                     rate, http = other.run(texts, ANSWER)
                     theirs.append(rate)
                     beyond.append(http)
-            flags = "repack {}, tiled {}, flash {}".format(*best)
-            yield n, {"threads": threads, "dapji": ours, "peer": theirs, "flags": flags, "http_seconds": beyond}
+            yield n, {"threads": threads, "dapji": ours, "peer": theirs, "flags": named(best), "http_seconds": beyond}
 
 
 def draw(results: Results) -> None:

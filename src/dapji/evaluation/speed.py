@@ -116,14 +116,9 @@ def measure_speed(
     random = np.random.default_rng(0)  # every prompt is another: none is found in the cache
 
     def answer(n_before: int, n_tokens: int) -> Finish:
-        prompt = random.integers(vocab_size, size=n_before).tolist()
-        request = Request(
-            prompt=prompt, max_tokens=n_tokens, min_tokens=n_tokens, sampling=Sampling(temperature=0), ignore_eos=True
-        )
-        *_, last = engine.generate(request)
+        finish = answer_random(engine, random, vocab_size=vocab_size, n_before=n_before, n_tokens=n_tokens)
         progress()
-        assert last.finish is not None
-        return last.finish
+        return finish
 
     limits, prompt, decode = [], [], []
     for _ in range(repeats + 1):
@@ -139,3 +134,16 @@ def measure_speed(
         decode=tuple(decode[1:]),
         limits=tuple(limits[1:]),
     )
+
+
+def answer_random(
+    engine: Engine, random: np.random.Generator, *, vocab_size: int, n_before: int, n_tokens: int
+) -> Finish:
+    """How an answer of exactly `n_tokens` to `n_before` random tokens went."""
+    prompt = random.integers(vocab_size, size=n_before).tolist()
+    request = Request(
+        prompt=prompt, max_tokens=n_tokens, min_tokens=n_tokens, sampling=Sampling(temperature=0), ignore_eos=True
+    )
+    *_, last = engine.generate(request)
+    assert last.finish is not None
+    return last.finish
