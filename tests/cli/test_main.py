@@ -142,9 +142,11 @@ def process(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "dapji", *map(str, arguments)], stderr=subprocess.PIPE, **options)
 
 
-def test_reader_that_goes_away(endless: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_goes_away(endless: Path, unbuffered: str) -> None:
     """As in `dapji run … | head`."""
-    with process("run", endless, "hello\n", stdout=subprocess.PIPE) as child:
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with process("run", endless, "hello\n", stdout=subprocess.PIPE, env=env) as child:
         assert child.stdout is not None
         assert child.stdout.read(9) == "하나 ".encode() + "둘".encode()[:2]
         child.stdout.close()
@@ -154,8 +156,10 @@ def test_reader_that_goes_away(endless: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_full_disk(tiny: Path) -> None:
-    with Path("/dev/full").open("wb") as full, process("run", tiny, "hello\n", stdout=full) as child:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_full_disk(tiny: Path, unbuffered: str) -> None:
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full, process("run", tiny, "hello\n", stdout=full, env=env) as child:
         assert child.stderr is not None
         assert child.stderr.read() == b"error: No space left on device\n"
         assert child.wait() == 1

@@ -45,9 +45,9 @@ class LazyGroup(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader of our output went away (`dapji ... | head`): say nothing, and keep Python from saying it at
-            # exit. The code is a shell's for SIGPIPE; click itself would make it 1.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader of our output went away (`dapji ... | head`): say nothing. The code is a shell's for SIGPIPE;
+            # click itself would make it 1.
+            _flush_or_drop()
             raise click.exceptions.Exit(141) from None
         return result
 
@@ -84,6 +84,14 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+def _flush_or_drop() -> None:
+    """Drop what stdout cannot take: Python would try again at exit, and complain in its own words."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point; `cli` documents the exit codes."""
     prepare_streams()
@@ -103,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         print_error(error.message, error.hint)
         sys.exit(1)
     except OSError as error:  # the disk is full, a file may not be read: the machine's failures, not ours
+        _flush_or_drop()
         where = "" if error.filename is None else f"{error.filename}: "
         print_error(f"{where}{error.strerror or error}")
         sys.exit(1)
