@@ -18,7 +18,7 @@ import pytest
 from local_sources import Hub, gguf_bytes, make_wheel, split_gguf
 
 from dapji.errors import DownloadError, FormatError, IntegrityError, ModelNotFound, UsageError
-from dapji.weights import catalogue, sources_hub, store
+from dapji.weights import catalogue, sources_hub, sources_pypi, store
 
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
 """A safetensors file."""
@@ -529,6 +529,20 @@ def test_kill_before_any_change_of_the_disk(
             store.remove("m")
         last = last_of_this
     assert last > 5
+
+
+def test_the_progress_of_pip_passes_over_folders_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "tiny.whl").write_bytes(bytes(7))
+    scandir = os.scandir
+
+    def late(path: Any) -> Any:
+        if Path(path) == tmp_path / "gone":
+            Path(path).rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert sources_pypi._largest_file(tmp_path) == 7
 
 
 def test_two_processes_fetch_one_model_once(home: Path, hub: Hub, data: bytes) -> None:

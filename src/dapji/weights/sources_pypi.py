@@ -11,6 +11,7 @@ wheel declares.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -22,7 +23,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -195,11 +195,10 @@ def _pip_download(requirement: str, wheel: Path, advance: Callable[[int], object
 
 def _largest_file(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip renames and deletes while we look
-            continue
+    for parent, _, names in os.walk(folder):  # passes over folders that are gone: pip deletes and renames meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(Path(parent, name).stat().st_size)
     return max(sizes)
 
 
@@ -211,7 +210,7 @@ def _pip_reason(talk: str) -> str:
     return f"{reason} [{broken[1]}]" if broken else reason
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(wheel: Path, requirement: str) -> Iterator[zipfile.ZipFile]:
     """A wheel as a zip file; whatever is wrong with its bytes is an IntegrityError, so that it is fetched again."""
     try:
