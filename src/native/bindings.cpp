@@ -124,9 +124,10 @@ void linear(const std::string& isa, const Panels& panels, const FloatMatrix& x, 
     return;
   }
   Scratch memory, scratch;
-  memory.reserve(Quantized::bytes(tokens, w.cols) / sizeof(float));
+  const int tile = kernel.tile(tokens);
+  memory.reserve(Quantized::bytes(tokens, w.cols, tile) / sizeof(float));
   scratch.reserve(kScratchBytes / sizeof(float));
-  const Quantized quantized = Quantized::in(memory.data(), tokens, w.cols);
+  const Quantized quantized = Quantized::in(memory.data(), tokens, w.cols, tile);
   kernel.quantize(from, ldx, 0, tokens, quantized);
   kernel.linear_q(w, quantized, tokens, 0, w.n_panels, to, ldy, {}, scratch.data());
 }

@@ -15,33 +15,46 @@
 namespace dapji {
 
 constexpr int kBlock = 32;  // activations that share a scale
+constexpr int kFew = 8;     // up to so many tokens take their weights straight from the panels
 
 /// Activations rounded to int8 in blocks of 32 along K; a view of memory that the caller owns.
 /// scale = max|x| / 127; code = x / scale rounded to nearest even; a block of zeros (or of numbers so small that the scale
 /// would not be a normal float) has scale 0 and codes 0. A block that holds an infinity or a NaN has that as its scale,
 /// so it reaches every output.
+///
+/// Tokens that a kernel takes together lie together: every array is [ceil(T / tile)][K / 32][tile] of what is named here.
+/// Those beyond T are never written and count for nothing.
 struct Quantized {
-  int64_t cols;     // K, a multiple of 32
-  int8_t* codes;    // [T, K]
-  float* scales;    // [T, K/32]
-  float* sums;      // [T, K/32] scale * sum of the codes
-  int16_t* halves;  // [T, K/32, 2] sum of each 16 codes
+  int64_t cols;          // K, a multiple of 32
+  int tile;              // tokens side by side
+  int8_t* codes;         // [32]
+  float* scales;
+  float* sums;           // scale * sum of the codes
+  int32_t* starts;       // -128 * sum of the codes
+  int32_t* half_starts;  // [2] the same of each 16 codes
+  int16_t* halves;       // [2] sum of each 16 codes
 
+  static int64_t blocks(int64_t tokens, int64_t cols, int tile) { return (tokens + tile - 1) / tile * tile * (cols / kBlock); }
   /// Bytes of memory for T tokens, a multiple of 64.
-  static size_t bytes(int64_t tokens, int64_t cols) {
-    return static_cast<size_t>((tokens * (cols + cols / kBlock * 12) + 63) / 64 * 64);
+  static size_t bytes(int64_t tokens, int64_t cols, int tile) {
+    return static_cast<size_t>((blocks(tokens, cols, tile) * (kBlock + 24) + 63) / 64 * 64);
   }
-  /// Lays the arrays out in `memory`, which has bytes(tokens, cols) bytes, 64-byte aligned.
-  static Quantized in(void* memory, int64_t tokens, int64_t cols) {
-    const int64_t n = tokens * (cols / kBlock);
-    float* const scales = static_cast<float*>(memory);
-    return {cols, reinterpret_cast<int8_t*>(scales + 3 * n), scales, scales + n,
-            reinterpret_cast<int16_t*>(scales + 2 * n)};
+  /// Lays the arrays out in `memory`, which has bytes(tokens, cols, tile) bytes, 64-byte aligned.
+  static Quantized in(void* memory, int64_t tokens, int64_t cols, int tile) {
+    const int64_t n = blocks(tokens, cols, tile);
+    int8_t* const codes = static_cast<int8_t*>(memory);
+    float* const scales = reinterpret_cast<float*>(codes + n * kBlock);
+    int32_t* const starts = reinterpret_cast<int32_t*>(scales + 2 * n);
+    return {cols, tile, codes, scales, scales + n, starts, starts + n, reinterpret_cast<int16_t*>(starts + 3 * n)};
   }
-  /// The same activations from token t on.
+  /// Where a token's block lies in the arrays.
+  int64_t at(int64_t token, int64_t block) const {
+    return (token / tile * (cols / kBlock) + block) * tile + token % tile;
+  }
+  /// The same activations from token t on, a multiple of the tile.
   Quantized from(int64_t t) const {
-    const int64_t n = t * (cols / kBlock);
-    return {cols, codes + t * cols, scales + n, sums + n, halves + 2 * n};
+    const int64_t n = at(t, 0);
+    return {cols, tile, codes + n * kBlock, scales + n, sums + n, starts + n, half_starts + 2 * n, halves + 2 * n};
   }
 };
 
@@ -62,10 +75,14 @@ constexpr size_t kScratchBytes = 320 * 1024;
 
 /// The matrix kernels of one instruction set.
 struct MatmulKernels {
+  int many_tile;
+  /// Tokens side by side that linear_q wants for so many tokens.
+  int tile(int64_t tokens) const { return tokens <= kFew ? static_cast<int>(tokens) : many_tile; }
+
   /// Rounds the tokens t0 <= t < t1 of x [T, K], row stride ldx floats, to the same tokens of `out`.
   void (*quantize)(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantized& out);
 
-  /// y[t, n] for the rows n of panels p0 <= p < p1 and all T tokens. Quantised formats.
+  /// y[t, n] for the rows n of panels p0 <= p < p1 and all T tokens. Quantised formats. x.tile: as `tile` says.
   /// y: [T, N], row stride ldy floats. scratch: kScratchBytes.
   void (*linear_q)(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p0, int64_t p1, float* y,
                    size_t ldy, const Epilogue& epilogue, void* scratch);

@@ -16,7 +16,7 @@
 namespace dapji {
 namespace {
 
-constexpr int kStretch = 16;        // blocks of a panel that are unpacked at a time
+constexpr int kStretch = 16;        // blocks of a panel that are unpacked at a time, at most
 constexpr int kChunk = 768;         // tokens that share one unpacking; a multiple of all tile sizes
 constexpr size_t kPrefetch = 4096;  // bytes ahead of what a kernel reads of a panel
 
@@ -46,6 +46,19 @@ constexpr int signed_by(Layout l) {
 template <class S>
 constexpr Shape shape_of(Layout l) {
   return {l.bits(), l.group, l.offset - signed_by<S>(l), l.affine};
+}
+
+// The same once unpacked. With dot products, codes become 8-bit numbers that all symmetric formats share.
+template <class S>
+constexpr Shape unpacked_shape(Layout l) {
+  if (!S::has_dot) return shape_of<S>(l);
+  return {8, l.group, l.affine || S::signed_codes ? 0 : 128, l.affine};
+}
+
+// 64 times the same byte.
+template <class S>
+DAPJI_INLINE typename S::I same_bytes(int value) {
+  return S::set_int(static_cast<int32_t>(0x01010101u * static_cast<uint8_t>(value)));
 }
 
 // Tokens of the next smaller tile: 6, 4, 2, 1.
@@ -120,7 +133,7 @@ struct Packed {
       const I mask = S::set_int(0x0f0f0f0f);
       return S::and_(digit == 0 ? v : S::template shr16<4>(v), mask);
     } else if constexpr (signed_by<S>(l) != 0) {
-      return S::xor_(v, S::set_int(static_cast<int32_t>(0x80808080u)));
+      return S::add8(v, same_bytes<S>(128));
     } else {
       return v;
     }
@@ -194,9 +207,12 @@ struct Unpacked {
 
   template <class P>
   static DAPJI_INLINE void store(const P& packed, uint8_t* out) {
+    constexpr int more = offset_ - P::shape.offset;
     unroll<8>(DAPJI_LAMBDA(auto s) {
       unroll<n_digits>(DAPJI_LAMBDA(auto digit) {
-        S::store_int(out + 64 * (s * n_digits + digit), packed.template code<s, digit>());
+        I code = packed.template code<s, digit>();
+        if constexpr (more != 0) code = S::add8(code, same_bytes<S>(more));
+        S::store_int(out + 64 * (s * n_digits + digit), code);
       });
     });
     S::store(at(out, scale_at), packed.scale());
@@ -238,13 +254,32 @@ struct Unpacked {
   static DAPJI_INLINE float* at(uint8_t* data, int vector) { return reinterpret_cast<float*>(data + 64 * vector); }
 };
 
-// One block of the activations of a tile's tokens: pointers to the first token's, and from token to token.
+// One block of the activations of a tile's tokens, as Quantized has them.
 struct Activations {
-  const int8_t* codes;     // [32]
-  const float* scales;     // the block's
-  const float* sums;       // the block's
-  const int16_t* halves;   // [2]
-  int64_t stride, blocks;  // columns and blocks from token to token
+  const int8_t* codes;
+  const float* scales;
+  const float* sums;
+  const int32_t* starts;
+  const int32_t* half_starts;
+  const int16_t* halves;
+
+  // at: of the first token, x.at(token, block)
+  DAPJI_INLINE Activations(const Quantized& x, int64_t at) {
+    codes = x.codes + at * kBlock;
+    scales = x.scales + at;
+    sums = x.sums + at;
+    starts = x.starts + at;
+    half_starts = x.half_starts + 2 * at;
+    halves = x.halves + 2 * at;
+  }
+  DAPJI_INLINE void next_block(int tile) {
+    codes += kBlock * tile;
+    scales += tile;
+    sums += tile;
+    starts += tile;
+    half_starts += 2 * tile;
+    halves += 2 * tile;
+  }
 };
 
 // The exact integer sum of products of steps `from` to `from + n - 1`, for R panels x T tokens, added to `sum`.
@@ -257,7 +292,7 @@ DAPJI_INLINE void products(const Block* w, const Activations& x, typename S::I (
       I code[R];
       for (int r = 0; r < R; ++r) code[r] = w[r].template code<s, 0>();
       for (int t = 0; t < T; ++t) {
-        const I v = S::broadcast4(x.codes + t * x.stride + 4 * s);
+        const I v = S::broadcast4(x.codes + t * kBlock + 4 * s);
         for (int r = 0; r < R; ++r) sum[r][t] = S::dot(sum[r][t], code[r], v);
       }
     });
@@ -271,7 +306,7 @@ DAPJI_INLINE void products(const Block* w, const Activations& x, typename S::I (
         I code[R];
         for (int r = 0; r < R; ++r) code[r] = w[r].template code<s, digit>();
         for (int t = 0; t < T; ++t) {
-          const I v = S::broadcast4(x.codes + t * x.stride + 4 * s);
+          const I v = S::broadcast4(x.codes + t * kBlock + 4 * s);
           for (int r = 0; r < R; ++r) {
             const I two = S::dot16(code[r], v);
             narrow[r][t] = step == 0 ? two : S::add16(narrow[r][t], two);
@@ -291,6 +326,18 @@ DAPJI_INLINE void products(const Block* w, const Activations& x, typename S::I (
   }
 }
 
+// -offset * sum of the codes, where `start` is -128 times it: offsets are powers of two.
+template <class S, int offset>
+DAPJI_INLINE typename S::I start_of(const int32_t* start) {
+  if constexpr (offset == 0) {
+    return S::set_int(0);
+  } else if constexpr (offset == 128) {
+    return S::broadcast4(start);
+  } else {
+    return S::template sra32<offset == 4 ? 5 : offset == 8 ? 4 : offset == 16 ? 3 : 2>(S::broadcast4(start));
+  }
+}
+
 // sum += the products of one block, for R panels x T tokens.
 template <class S, int R, int T, class Block>
 DAPJI_INLINE void add_block(const Block* w, const Activations& x, typename S::F (&sum)[R][T]) {
@@ -301,14 +348,11 @@ DAPJI_INLINE void add_block(const Block* w, const Activations& x, typename S::F 
   if constexpr (Block::shape.group == 32 || !S::has_dot) {
     I exact[R][T];
     for (int t = 0; t < T; ++t) {
-      const int16_t* const h = x.halves + 2 * x.blocks * t;
       for (int r = 0; r < R; ++r) {
-        if constexpr (offset == 0) {
-          exact[r][t] = S::set_int(0);
-        } else if constexpr (Block::shape.group == 32) {
-          exact[r][t] = S::set_int(-offset * (h[0] + h[1]));
+        if constexpr (Block::shape.group == 32 || offset == 0) {
+          exact[r][t] = start_of<S, offset>(x.starts + t);
         } else {
-          exact[r][t] = S::madd16(w[r].offsets(), S::broadcast4(h));
+          exact[r][t] = S::madd16(w[r].offsets(), S::broadcast4(x.halves + 2 * t));
         }
       }
     }
@@ -326,7 +370,7 @@ DAPJI_INLINE void add_block(const Block* w, const Activations& x, typename S::F 
     unroll<2>(DAPJI_LAMBDA(auto half) {
       I exact[R][T];
       for (int t = 0; t < T; ++t) {
-        const I start = S::set_int(-offset * x.halves[2 * x.blocks * t + half]);
+        const I start = start_of<S, offset>(x.half_starts + 2 * t + half);
         for (int r = 0; r < R; ++r) exact[r][t] = start;
       }
       products<S, R, T, 4 * half, 4>(w, x, exact);
@@ -342,26 +386,21 @@ DAPJI_INLINE void add_block(const Block* w, const Activations& x, typename S::F 
   for (int r = 0; r < R; ++r) {
     const F scale = w[r].scale();
     for (int t = 0; t < T; ++t) {
-      const F both = S::mul(scale, S::set(x.scales[x.blocks * t]));
+      const F both = S::mul(scale, S::set(x.scales[t]));
       sum[r][t] = S::fma(block[r][t], both, sum[r][t]);
     }
     if constexpr (Block::shape.affine && Block::shape.group == 32) {
       const F min = w[r].min();
-      for (int t = 0; t < T; ++t) sum[r][t] = S::fma(min, S::set(x.sums[x.blocks * t]), sum[r][t]);
+      for (int t = 0; t < T; ++t) sum[r][t] = S::fma(min, S::set(x.sums[t]), sum[r][t]);
     } else if constexpr (Block::shape.affine) {
       const F min = w[r].min();
       const I mins = w[r].mins();
       for (int t = 0; t < T; ++t) {
-        const I exact = S::madd16(mins, S::broadcast4(x.halves + 2 * x.blocks * t));
-        sum[r][t] = S::fma(S::to_float(exact), S::mul(min, S::set(x.scales[x.blocks * t])), sum[r][t]);
+        const I exact = S::madd16(mins, S::broadcast4(x.halves + 2 * t));
+        sum[r][t] = S::fma(S::to_float(exact), S::mul(min, S::set(x.scales[t])), sum[r][t]);
       }
     }
   }
-}
-
-DAPJI_INLINE Activations activations(const Quantized& x, int64_t token, int64_t block) {
-  const int64_t blocks = x.cols / kBlock, at = token * blocks + block;
-  return {x.codes + at * kBlock, x.scales + at, x.sums + at, x.halves + 2 * at, x.cols, blocks};
 }
 
 // A finished vector of 16 rows of panel p on its way to y, the token's row.
@@ -381,8 +420,6 @@ DAPJI_INLINE void finish(typename S::F r, const PanelsView& w, int64_t p, const 
 
 // ---- few tokens: codes straight from the panels, which a step reads from memory once ----
 
-constexpr int kFew = 8;
-
 // One panel for the tokens from `token` on; those after the first T find it in the cache.
 template <class S, Format format, int T>
 DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t token, int64_t p, float* y,
@@ -393,11 +430,13 @@ DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t to
     const uint8_t* unit = w.data + static_cast<size_t>(p) * w.panel_bytes;
     typename S::F sum[1][T];
     for (int t = 0; t < T; ++t) sum[0][t] = S::zero();
+    Activations a(x, token);  // of the only tile
     for (int64_t u = 0; u < units; ++u, unit += l.unit_bytes()) {
       for (int at = 0; at < l.unit_bytes(); at += 64) __builtin_prefetch(unit + kPrefetch + at);
       for (int b = 0; b < l.blocks; ++b) {
         const Packed<S, format> block{unit, b};
-        add_block<S, 1, T>(&block, activations(x, token, u * l.blocks + b), sum);
+        add_block<S, 1, T>(&block, a, sum);
+        a.next_block(x.tile);
       }
     }
     for (int t = 0; t < T; ++t) {
@@ -413,23 +452,18 @@ DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t to
 
 // Partial sums of a tile between stretches, [panel][token][16] of a chunk. Float32 stores and loads change no bits.
 template <class S, class Block, int R, int T>
-DAPJI_INLINE void run_tile(const uint8_t* codes, int n_blocks, const Quantized& x, int64_t token, int64_t first_block,
-                           float* partials, bool fresh) {
+DAPJI_INLINE void run_tile(const uint8_t* codes, int n_blocks, Activations a, float* partials, bool fresh) {
   typename S::F sum[R][T];
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) {
       sum[r][t] = fresh ? S::zero() : S::load(partials + (r * kChunk + t) * kLanes);
     }
   }
-  Activations a = activations(x, token, first_block);
   for (int b = 0; b < n_blocks; ++b) {
     Block w[R];
     for (int r = 0; r < R; ++r) w[r].data = codes + (r * kStretch + b) * Block::bytes;
     add_block<S, R, T>(w, a, sum);
-    a.codes += kBlock;
-    a.scales += 1;
-    a.sums += 1;
-    a.halves += 2;
+    a.next_block(S::tokens);
   }
   unroll<R>(DAPJI_LAMBDA(auto r) {
     unroll<T>(DAPJI_LAMBDA(auto t) { S::store(partials + (r * kChunk + t) * kLanes, sum[r][t]); });
@@ -440,7 +474,9 @@ template <class S, class Block, int R, int T>
 void run_tokens(const uint8_t* codes, int n_blocks, const Quantized& x, int64_t tokens, int64_t token,
                 int64_t first_block, float* partials, bool fresh) {
   for (; token + T <= tokens; token += T) {
-    run_tile<S, Block, R, T>(codes, n_blocks, x, token, first_block, partials + token * kLanes, fresh);
+    const int64_t tile = token / S::tokens;
+    const Activations a(x, (tile * (x.cols / kBlock) + first_block) * S::tokens + token % S::tokens);
+    run_tile<S, Block, R, T>(codes, n_blocks, a, partials + token * kLanes, fresh);
   }
   if constexpr (T > 1) {
     if (token < tokens) {
@@ -453,13 +489,14 @@ template <class S, Format format, int R>
 void some_panels(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p, float* y, size_t ldy,
                  const Epilogue& epilogue, uint8_t* scratch) {
   constexpr Layout l = layout(format);
-  constexpr Shape shape = shape_of<S>(l);
+  constexpr Shape shape = unpacked_shape<S>(l);
   using Block = Unpacked<S, shape.bits, shape.group, shape.offset, shape.affine>;
   static_assert(S::rows * (kStretch * Block::bytes + kChunk * kLanes * 4) <= kScratchBytes);
   float* const partials = reinterpret_cast<float*>(scratch + R * kStretch * Block::bytes);
-  const int64_t n_blocks = x.cols / kBlock;
-  for (int64_t b0 = 0; b0 < n_blocks; b0 += kStretch) {
-    const int n = static_cast<int>(n_blocks - b0 < kStretch ? n_blocks - b0 : kStretch);
+  const int64_t n_blocks = x.cols / kBlock, n_stretches = (n_blocks + kStretch - 1) / kStretch;
+  int64_t b0 = 0;
+  for (int64_t stretch = 0; stretch < n_stretches; ++stretch) {
+    const int n = static_cast<int>((stretch + 1) * n_blocks / n_stretches - b0);
     for (int r = 0; r < R; ++r) {
       const uint8_t* const panel = w.data + static_cast<size_t>(p + r) * w.panel_bytes;
       for (int b = 0; b < n; ++b) {
@@ -471,6 +508,7 @@ void some_panels(const PanelsView& w, const Quantized& x, int64_t tokens, int64_
       }
     }
     run_tokens<S, Block, R, S::tokens>(scratch, n, x, tokens, 0, b0, partials, b0 == 0);
+    b0 += n;
   }
   for (int r = 0; r < R; ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
@@ -626,7 +664,7 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
   for (int64_t t = t0; t < t1; ++t) {
     for (int64_t b = 0; b < blocks; ++b) {
       const float* const from = x + static_cast<size_t>(t) * ldx + b * kBlock;
-      const int64_t at = t * blocks + b;
+      const int64_t at = out.at(t, b);
       const F first = S::load(from), second = S::load(from + kLanes);
       // Bit patterns of magnitudes are in the order of the numbers, with infinity and then NaN above all.
       const int32_t bits = S::max_int(
@@ -648,8 +686,13 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
       }
       out.scales[at] = scale;
       out.sums[at] = scale * (sums[0] + sums[1]);
-      out.halves[2 * at] = static_cast<int16_t>(static_cast<int32_t>(sums[0]));
-      out.halves[2 * at + 1] = static_cast<int16_t>(static_cast<int32_t>(sums[1]));
+      out.starts[at] = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int32_t sum = static_cast<int32_t>(sums[half]);
+        out.halves[2 * at + half] = static_cast<int16_t>(sum);
+        out.half_starts[2 * at + half] = -128 * sum;
+        out.starts[at] -= 128 * sum;
+      }
     }
   }
 }
@@ -658,7 +701,7 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
 
 template <class S>
 constexpr MatmulKernels matmul_kernels() {
-  return {quantize<S>, linear_q<S>, linear_f<S>};
+  return {S::tokens, quantize<S>, linear_q<S>, linear_f<S>};
 }
 
 }  // namespace dapji

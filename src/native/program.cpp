@@ -10,7 +10,6 @@
 namespace dapji {
 namespace {
 
-constexpr int kFewRows = 8;           // up to so many rows, every worker norms and rounds the input for itself
 constexpr int kMaxQueryTile = 32;     // rows of a query tile at most
 constexpr int kSharesPerWorker = 12;  // of a linear operation on many rows, taken in turn
 
@@ -211,11 +210,11 @@ void Program::check(const BatchView& batch) {
 void Program::prepare(const BatchView& batch) {
   const std::size_t n = batch.n_tokens;
   for (Buffer& buffer : buffers_) buffer.memory.reserve(n * buffer.width);
-  quantized_.reserve(Quantized::bytes(batch.n_tokens, max_cols_) / sizeof(float));
+  quantized_.reserve(Quantized::bytes(batch.n_tokens, max_cols_, kernels_.matmul.many_tile) / sizeof(float));
   normed_.reserve(n * max_normed_cols_);
   for (Worker& worker : workers_) {
-    worker.quantized.reserve(Quantized::bytes(kFewRows, max_cols_) / sizeof(float));
-    worker.normed.reserve(static_cast<std::size_t>(kFewRows * max_normed_cols_));
+    worker.quantized.reserve(Quantized::bytes(kFew, max_cols_, kFew) / sizeof(float));
+    worker.normed.reserve(static_cast<std::size_t>(kFew * max_normed_cols_));
   }
   if (n_counters_ != operations_.size()) {
     n_counters_ = operations_.size();
@@ -294,12 +293,12 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
   const int n = n_rows_;
   if (n == 0) return;
   Worker& mine = workers_[worker];
-  const bool few = n <= kFewRows;
+  const bool few = n <= kFew;  // every worker norms and rounds the input for itself
   const float* x = row(op.input, 0);
   const std::size_t cols = static_cast<std::size_t>(op.cols);
   float* const normed = few ? mine.normed.data() : normed_.data();
   const Quantized quantized =
-      Quantized::in(few ? mine.quantized.data() : quantized_.data(), few ? kFewRows : n, op.cols);
+      Quantized::in(few ? mine.quantized.data() : quantized_.data(), n, op.cols, kernels_.matmul.tile(n));
   const auto prepare_rows = [&](int from, int to) {
     for (int i = from; op.norm && i < to; ++i) {
       kernels_.rows.norm(x + i * cols, op.norm->weight.data(), op.norm->eps, op.cols, normed + i * cols);

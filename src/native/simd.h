@@ -22,8 +22,8 @@
 //   I widen_s8(p), widen_u8(p)                 sixteen bytes to int32
 //   void narrow_s8(p, I)                       int32 in -128 .. 127 to sixteen bytes
 //   I set_int(int32), add_int, sub_int, max_int, and_, or_, shl32<n>, shr32<n>, sra32<n>
-//   I xor_(a, b)                               with signed_codes alone
 //   I shl16<n>, shr16<n>                       logical, on int16
+//   I add8(a, b)                               bytes, wraps; with has_dot alone
 //   I add16(a, b)                              int16, wraps; without has_dot alone
 //   I madd16(a, b)                             two products of int16 per int32, added
 //   I pair16(lo, hi)                           int16 pairs (lo, hi) out of int32 lanes that fit

@@ -101,6 +101,7 @@ struct Avx512Vnni {
   static DAPJI_INLINE I shr16(I x) {
     return _mm512_srli_epi16(x, n);
   }
+  static DAPJI_INLINE I add8(I x, I y) { return _mm512_add_epi8(x, y); }
   static DAPJI_INLINE I madd16(I x, I y) { return _mm512_madd_epi16(x, y); }
   static DAPJI_INLINE I pair16(I lo, I hi) {
     return _mm512_mask_blend_epi16(0xaaaaaaaau, lo, _mm512_slli_epi32(hi, 16));

@@ -124,6 +124,13 @@ struct Generic {
     constexpr uint32_t keep = (0xffffu >> n) * 0x10001u;
     DAPJI_LANES(I, wrap(uint32_t(a.v[i]) >> n & keep));
   }
+  static DAPJI_INLINE I add8(I a, I b) {
+    uint8_t x[64], y[64];
+    std::memcpy(x, &a, 64);
+    std::memcpy(y, &b, 64);
+    for (int i = 0; i < 64; ++i) x[i] = static_cast<uint8_t>(x[i] + y[i]);
+    return copy<I>(x);
+  }
   static DAPJI_INLINE I madd16(I a, I b) { DAPJI_LANES(I, low(a.v[i]) * low(b.v[i]) + high(a.v[i]) * high(b.v[i])); }
   static DAPJI_INLINE I pair16(I lo, I hi) {
     DAPJI_LANES(I, wrap((uint32_t(lo.v[i]) & 0xffffu) | uint32_t(hi.v[i]) << 16));

@@ -130,7 +130,6 @@ struct Neon {
   }
   static DAPJI_INLINE I and_(I x, I y) { DAPJI_QUARTERS(I, vandq_s32(x.v[i], y.v[i])); }
   static DAPJI_INLINE I or_(I x, I y) { DAPJI_QUARTERS(I, vorrq_s32(x.v[i], y.v[i])); }
-  static DAPJI_INLINE I xor_(I x, I y) { DAPJI_QUARTERS(I, veorq_s32(x.v[i], y.v[i])); }
   template <int n>
   static DAPJI_INLINE I shl32(I x) {
     DAPJI_QUARTERS(I, vshlq_n_s32(x.v[i], n));
@@ -150,6 +149,9 @@ struct Neon {
   template <int n>
   static DAPJI_INLINE I shr16(I x) {
     DAPJI_QUARTERS(I, vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(x.v[i]), n)));
+  }
+  static DAPJI_INLINE I add8(I x, I y) {
+    DAPJI_QUARTERS(I, vreinterpretq_s32_u8(vaddq_u8(uint8(x.v[i]), uint8(y.v[i]))));
   }
   static DAPJI_INLINE I madd16(I x, I y) { DAPJI_QUARTERS(I, madd(int16(x.v[i]), int16(y.v[i]))); }
   // Inserts the low halves of hi above those of lo.

@@ -154,8 +154,9 @@ std::vector<float> multiply(Isa isa, const Panels& panels, const float* x, std::
     if (is_float(w.format)) {
       kernel.linear_f(w, x, cols, tokens, from, to, y.data(), ldy, epilogue);
     } else {
-      Scratch memory = scratch(Quantized::bytes(tokens, w.cols)), space = scratch(kScratchBytes);
-      const Quantized quantized = Quantized::in(memory.data(), tokens, w.cols);
+      const int tile = kernel.tile(tokens);
+      Scratch memory = scratch(Quantized::bytes(tokens, w.cols, tile)), space = scratch(kScratchBytes);
+      const Quantized quantized = Quantized::in(memory.data(), tokens, w.cols, tile);
       kernels(Isa::generic).matmul.quantize(x, cols, 0, tokens, quantized);
       kernel.linear_q(w, quantized, tokens, from, to, y.data(), ldy, epilogue, space.data());
     }
@@ -169,7 +170,7 @@ Results linear(Isa isa, Format format) {
   Results results;
   const int block = format_info(format).block, rows = 45, cols = block == 1 ? 100 : block == 32 ? 25 * 32 : 3 * 256;
   const auto panels = random_panels(format, rows, cols, random);
-  for (int tokens = 1; tokens <= 13; ++tokens) {
+  for (const int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 31, 50}) {
     const std::vector<float> x = random.reals(static_cast<std::size_t>(tokens * cols));
     results.add(multiply(isa, *panels, x.data(), tokens));
   }
@@ -202,14 +203,18 @@ Results quantize(Isa isa) {
   block(7)[3] = std::numeric_limits<float>::quiet_NaN();
   block(8)[7] = 1e30f;
   for (int i = 0; i < kBlock; ++i) block(9)[i] *= 1e-37f;
-  Scratch memory = scratch(Quantized::bytes(tokens, cols));
-  std::memset(memory.data(), 1, Quantized::bytes(tokens, cols));
-  const Quantized out = Quantized::in(memory.data(), tokens, cols);
+  constexpr int tile = 2;
+  const std::size_t bytes = Quantized::bytes(tokens, cols, tile);
+  Scratch memory = scratch(bytes);
+  std::memset(memory.data(), 1, bytes);
+  const Quantized out = Quantized::in(memory.data(), tokens, cols, tile);
   kernels(isa).matmul.quantize(x.data(), ldx, 1, tokens, out);
-  constexpr int blocks = tokens * cols / kBlock;
-  results.add(out.codes, tokens * cols);
+  const auto blocks = static_cast<std::size_t>(Quantized::blocks(tokens, cols, tile));
+  results.add(out.codes, blocks * kBlock);
   results.add({out.scales, out.scales + blocks});
   results.add({out.sums, out.sums + blocks});
+  results.add(out.starts, blocks * sizeof(std::int32_t));
+  results.add(out.half_starts, 2 * blocks * sizeof(std::int32_t));
   results.add(out.halves, 2 * blocks * sizeof(std::int16_t));
   return results;
 }
