@@ -25,6 +25,9 @@ namespace dapji {
 namespace {
 
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using PackedBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstPackedBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Order = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntMatrix = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -54,19 +57,31 @@ Epilogue::Kind parse_kind(const std::string& name) {
   throw std::invalid_argument("unknown kind of product " + name);
 }
 
-std::shared_ptr<Panels> pack(const std::string& format, std::int64_t rows, std::int64_t cols, const Bytes& data) {
+void check_packed(std::size_t size, const std::uint8_t* data, std::size_t wanted) {
+  if (size != wanted || reinterpret_cast<std::uintptr_t>(data) % 64) {
+    throw std::invalid_argument("the memory of the panels must be " + std::to_string(wanted) + " bytes, aligned to 64");
+  }
+}
+
+void pack_into(const std::string& format, std::int64_t rows, std::int64_t cols, const Bytes& data,
+               const std::optional<Order>& order, const PackedBytes& out) {
   const Format parsed = parse_format(format.c_str());
   const FormatInfo& info = format_info(parsed);
-  if (cols % info.block == 0 && (static_cast<std::int64_t>(data.shape(0)) != rows ||
-                                 static_cast<std::int64_t>(data.shape(1)) != cols / info.block * info.block_bytes)) {
+  check_packed(out.size(), out.data(), panels_bytes(parsed, rows, cols));
+  if (static_cast<std::int64_t>(data.shape(0)) != rows ||
+      static_cast<std::int64_t>(data.shape(1)) != cols / info.block * info.block_bytes) {
     throw std::invalid_argument("the data is not " + std::to_string(rows) + " x " + std::to_string(cols) + " of " +
                                 info.name);
   }
-  const std::uint8_t* const bytes = data.data();
+  if (order && static_cast<std::int64_t>(order->size()) != rows) throw std::invalid_argument("the order does not fit");
+  for (std::size_t i = 0; order && i < order->size(); ++i) {
+    if (order->data()[i] < 0 || order->data()[i] >= rows) throw std::invalid_argument("the order names no row");
+  }
+  const std::uint8_t* const from = data.data();
+  const std::int64_t* const rows_of = order ? order->data() : nullptr;
+  std::uint8_t* const to = out.data();
   const nb::gil_scoped_release release;
-  auto panels = std::make_shared<Panels>(parsed, rows, cols);
-  panels->pack(bytes, 0, panels->view().n_panels);
-  return panels;
+  pack(parsed, rows, cols, from, rows_of, to);
 }
 
 // (panels, bias, output, kind, activation)
@@ -156,6 +171,16 @@ NB_MODULE(_native, m) {
 
   nb::class_<Panels>(m, "Panels")
       .def(
+          "__init__",
+          [](Panels* self, const std::string& format, std::int64_t rows, std::int64_t cols,
+             const ConstPackedBytes& data) {
+            const Format parsed = parse_format(format.c_str());
+            check_packed(data.size(), data.data(), panels_bytes(parsed, rows, cols));
+            const auto owner = std::make_shared<ConstPackedBytes>(data);
+            new (self) Panels(parsed, rows, cols, {owner, owner->data()});
+          },
+          "format"_a, "rows"_a, "cols"_a, "data"_a)
+      .def(
           "dequantize_row",
           [](const Panels& panels, std::int64_t row, nb::ndarray<float, nb::ndim<1>, nb::c_contig> out) {
             if (row < 0 || row >= panels.view().rows || static_cast<std::int64_t>(out.size()) != panels.view().cols) {
@@ -164,7 +189,21 @@ NB_MODULE(_native, m) {
             dequantize_row(panels.view(), row, out.data());
           },
           "row"_a, "out"_a.noconvert());
-  m.def("pack", &pack, "format"_a, "rows"_a, "cols"_a, "data"_a);
+  m.def(
+      "panels_bytes",
+      [](const std::string& format, std::int64_t rows, std::int64_t cols) {
+        return panels_bytes(parse_format(format.c_str()), rows, cols);
+      },
+      "format"_a, "rows"_a, "cols"_a);
+  m.def(
+      "allocate_panels",
+      [](std::size_t n_bytes) {
+        auto* const memory = new std::shared_ptr<std::uint8_t>(allocate_panels(n_bytes));
+        const nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<std::uint8_t>*>(p); });
+        return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(memory->get(), {n_bytes}, owner);
+      },
+      "n_bytes"_a);
+  m.def("pack", &pack_into, "format"_a, "rows"_a, "cols"_a, "data"_a, "order"_a.none(), "out"_a.noconvert());
   m.def("linear", &linear, "isa"_a, "panels"_a, "x"_a, "y"_a.noconvert());
 
   nb::class_<Program>(m, "Program")

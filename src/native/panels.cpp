@@ -1,15 +1,13 @@
 #include "panels.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <utility>
 
 #include "layout.h"
 #include "simd_generic.h"
@@ -296,6 +294,17 @@ void with_format(Format format, Function f) {
   }
 }
 
+PanelsView view_of(Format format, int64_t rows, int64_t cols, const uint8_t* data) {
+  const FormatInfo& info = kInfo[static_cast<int>(format)];
+  if (rows <= 0 || cols <= 0 || cols % info.block) {
+    throw std::invalid_argument(std::string(info.name) + " matrix of " + std::to_string(rows) + " x " +
+                                std::to_string(cols) + ": sizes must be positive, columns a multiple of " +
+                                std::to_string(info.block));
+  }
+  const size_t panel_bytes = (static_cast<size_t>(cols / info.block * info.unit_bytes) + 63) / 64 * 64;
+  return {format, rows, cols, data, panel_bytes, (rows + 15) / 16};
+}
+
 }  // namespace
 
 const FormatInfo& format_info(Format format) { return kInfo[static_cast<int>(format)]; }
@@ -307,43 +316,42 @@ Format parse_format(const char* name) {
   throw std::invalid_argument(std::string("unknown weight format ") + name);
 }
 
-Panels::Panels(Format format, int64_t rows, int64_t cols) {
-  const FormatInfo& info = format_info(format);
-  if (rows <= 0 || cols <= 0 || cols % info.block) {
-    throw std::invalid_argument(std::string(info.name) + " matrix of " + std::to_string(rows) + " x " +
-                                std::to_string(cols) + ": sizes must be positive, columns a multiple of " +
-                                std::to_string(info.block));
-  }
-  view_.format = format;
-  view_.rows = rows;
-  view_.cols = cols;
-  view_.n_panels = (rows + 15) / 16;
-  view_.panel_bytes = (static_cast<size_t>(cols / info.block * info.unit_bytes) + 63) / 64 * 64;
-  // Huge pages save the TLB misses of a decode step that streams the whole model; only whole ones, to waste nothing.
-  const size_t huge = nbytes() / kHugePage * kHugePage;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, huge ? kHugePage : 64, nbytes()) != 0) throw std::bad_alloc();
-  memory_ = static_cast<uint8_t*>(memory);
-#if defined(__linux__)
-  if (huge) madvise(memory_, huge, MADV_HUGEPAGE);
-#endif
-  view_.data = memory_;
+size_t panels_bytes(Format format, int64_t rows, int64_t cols) {
+  const PanelsView view = view_of(format, rows, cols, nullptr);
+  return static_cast<size_t>(view.n_panels) * view.panel_bytes;
 }
 
-Panels::~Panels() { std::free(memory_); }
+std::shared_ptr<uint8_t> allocate_panels(size_t n_bytes) {
+  const size_t size = n_bytes + kHugePage;
+  void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  const auto start = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  auto* const aligned = reinterpret_cast<uint8_t*>(start);
+#if defined(__linux__)
+  madvise(aligned, n_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // only whole ones, to waste nothing
+#endif
+  return {aligned, [memory, size](uint8_t*) { munmap(memory, size); }};
+}
 
-void Panels::pack(const uint8_t* rows_data, int64_t p0, int64_t p1) {
-  const FormatInfo& info = format_info(view_.format);
-  const size_t row_bytes = static_cast<size_t>(view_.cols / info.block * info.block_bytes);
-  with_format(view_.format, [&](auto constant) {
-    for (int64_t p = p0; p < p1; ++p) {
-      const int n = static_cast<int>(std::min<int64_t>(16, view_.rows - 16 * p));
-      const uint8_t* rows[16];
-      for (int r = 0; r < 16; ++r) rows[r] = rows_data + static_cast<size_t>(16 * p + std::min(r, n - 1)) * row_bytes;
-      pack_panel<decltype(constant)::value>(rows, n, view_.cols, memory_ + static_cast<size_t>(p) * view_.panel_bytes);
+void pack(Format format, int64_t rows, int64_t cols, const uint8_t* rows_data, const int64_t* order, uint8_t* out) {
+  const PanelsView view = view_of(format, rows, cols, out);
+  const FormatInfo& info = format_info(format);
+  const size_t row_bytes = static_cast<size_t>(cols / info.block * info.block_bytes);
+  with_format(format, [&](auto constant) {
+    for (int64_t p = 0; p < view.n_panels; ++p) {
+      const int n = static_cast<int>(std::min<int64_t>(16, rows - 16 * p));
+      const uint8_t* at[16];
+      for (int r = 0; r < 16; ++r) {
+        const int64_t row = 16 * p + std::min(r, n - 1);
+        at[r] = rows_data + static_cast<size_t>(order ? order[row] : row) * row_bytes;
+      }
+      pack_panel<decltype(constant)::value>(at, n, cols, out + static_cast<size_t>(p) * view.panel_bytes);
     }
   });
 }
+
+Panels::Panels(Format format, int64_t rows, int64_t cols, std::shared_ptr<const uint8_t> memory)
+    : view_(view_of(format, rows, cols, memory.get())), memory_(std::move(memory)) {}
 
 void dequantize_row(const PanelsView& panels, int64_t row, float* out) {
   const uint8_t* const panel = panels.data + static_cast<size_t>(row / 16) * panels.panel_bytes;

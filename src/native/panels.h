@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace dapji {
 
@@ -33,26 +34,30 @@ struct PanelsView {
   int64_t n_panels;     // ceil(rows / 16); rows beyond the last are zeros
 };
 
-/// A packed matrix; owns its memory. Immutable once every panel has been packed.
+/// Bytes that the panels of a matrix take. Throws std::invalid_argument unless rows, cols > 0 and cols is a multiple of
+/// the format's block.
+size_t panels_bytes(Format format, int64_t rows, int64_t cols);
+
+/// Zeros for panels, aligned to a huge page and made of such where the system has them: they save the TLB misses of a
+/// decode step that streams the whole model, best when all its matrices lie together. Throws std::bad_alloc.
+std::shared_ptr<uint8_t> allocate_panels(size_t n_bytes);
+
+/// Packs `rows_data`, [rows, row_bytes] as in the file, into `out`, panels_bytes of zeros. Row r is there the row order[r]
+/// or, without an order, r. Exact. Throws as panels_bytes.
+void pack(Format format, int64_t rows, int64_t cols, const uint8_t* rows_data, const int64_t* order, uint8_t* out);
+
+/// A packed matrix, wherever it lies. Immutable.
 class Panels {
  public:
-  /// Allocates, packs nothing. Throws std::invalid_argument unless rows, cols > 0 and cols is a
-  /// multiple of the format's block, std::bad_alloc where memory is short.
-  Panels(Format format, int64_t rows, int64_t cols);
-  ~Panels();
-  Panels(const Panels&) = delete;
-  Panels& operator=(const Panels&) = delete;
-
-  /// Packs the panels p0 <= p < p1 from `rows_data`, [rows, row_bytes] as in the file. Exact. Ranges may be packed
-  /// at once on several threads.
-  void pack(const uint8_t* rows_data, int64_t p0, int64_t p1);
+  /// `memory`: panels_bytes, packed, 64-byte aligned; kept as long as this is. Throws std::invalid_argument as
+  /// panels_bytes.
+  Panels(Format format, int64_t rows, int64_t cols, std::shared_ptr<const uint8_t> memory);
 
   const PanelsView& view() const { return view_; }
-  size_t nbytes() const { return static_cast<size_t>(view_.n_panels) * view_.panel_bytes; }
 
  private:
   PanelsView view_;
-  uint8_t* memory_;
+  std::shared_ptr<const uint8_t> memory_;
 };
 
 /// Row `row` as float32, the bits that the format's own dequantising gives. out: [cols].

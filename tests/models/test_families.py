@@ -223,7 +223,7 @@ def test_rows_are_permuted_exactly_in_every_format(name: str, tmp_path: Path) ->
             name=key,
             format=format if shape[-1] % format.block == 0 else FORMATS["F32"],
             shape=shape,
-            data=rng.integers(
+            stored=rng.integers(
                 0,
                 256,
                 (shape[0], (format if shape[-1] % format.block == 0 else FORMATS["F32"]).row_bytes(shape[-1])),

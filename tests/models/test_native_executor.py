@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dapji.errors import ConfigError, UsageError
+from dapji.models import families
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
 from dapji.models.executor import open_executor
 from dapji.models.native_executor import NativeExecutor
@@ -26,6 +27,8 @@ from dapji.ops.formats import FORMATS
 from dapji.ops.reference import KvFormat
 from dapji.ops.rope import RopeConfig
 from dapji.ops.tensor import Tensor
+from dapji.weights.files import TensorToWrite
+from dapji.weights.gguf import read_gguf, write_gguf
 from random_weights import random_matrix
 
 VOCAB = 80
@@ -248,6 +251,24 @@ def in_a_fork(function: Callable[[], None]) -> None:
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is resident")
+def test_the_file_does_not_stay_in_memory_beside_the_packed_weights(tmp_path: Path) -> None:
+    config, tensors = model("F32")
+    metadata, named = families.to_gguf(config, tensors)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, metadata, [TensorToWrite.of(name, tensor) for name, tensor in named.items()])
+    config, tensors = families.from_gguf(metadata, read_gguf(path).tensors)
+    executor = NativeExecutor(config, tensors, context=64, n_blocks=8)
+    resident = 0
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            if line.endswith(f"{path}\n"):
+                resident += next(int(entry.split()[1]) << 10 for entry in lines if entry.startswith("Rss:"))
+    # Of 4.9 MB there are the norms, each with some 64 kB around it that the system maps along.
+    assert 0 < resident < path.stat().st_size / 5
+    executor.close()
 
 
 def test_memory_that_does_not_suffice_is_named() -> None:

@@ -129,9 +129,9 @@ std::shared_ptr<const Panels> packed(Format format, int rows, int cols, const st
       for (const int half : halves_at(format)) put_half(at + static_cast<std::size_t>(half));
     }
   }
-  auto panels = std::make_shared<Panels>(format, rows, cols);
-  panels->pack(data.data(), 0, panels->view().n_panels);
-  return panels;
+  const auto memory = allocate_panels(panels_bytes(format, rows, cols));
+  pack(format, rows, cols, data.data(), nullptr, memory.get());
+  return std::make_shared<Panels>(format, rows, cols, memory);
 }
 
 std::shared_ptr<const Panels> random_panels(Format format, int rows, int cols, Random& random) {

@@ -30,7 +30,10 @@ def random_weight(name: str, rows: int = ROWS, cols: int = COLS) -> Tensor:
 
 
 def pack(tensor: Tensor) -> object:
-    return native.module().pack(tensor.format.name, tensor.rows, tensor.cols, tensor.data)
+    module, shape = native.module(), (tensor.format.name, tensor.rows, tensor.cols)
+    memory = module.allocate_panels(module.panels_bytes(*shape))
+    module.pack(*shape, tensor.stored, tensor.order, memory)
+    return module.Panels(*shape, memory)
 
 
 def multiply(isa: str, panels: object, x: Floats, rows: int = ROWS) -> Floats:
@@ -55,6 +58,15 @@ def test_packing_is_exact(name: str) -> None:
     panels = pack(tensor)
     row = np.empty(COLS, dtype=np.float32)
     for i, want in enumerate(tensor.float32()):
+        panels.dequantize_row(i, row)  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(row, want)
+
+
+def test_rows_are_packed_in_the_order_that_is_wanted() -> None:
+    tensor = random_weight("Q4_1")
+    order = np.random.default_rng(0).permutation(ROWS)
+    panels, row = pack(tensor.take_rows(order)), np.empty(COLS, dtype=np.float32)
+    for i, want in enumerate(tensor.float32()[order]):
         panels.dequantize_row(i, row)  # type: ignore[attr-defined]
         np.testing.assert_array_equal(row, want)
 
@@ -98,7 +110,7 @@ def test_extreme_codes_do_not_overflow(name: str) -> None:
         blocks[:, :, at : at + 2] = np.array([1.0], dtype=np.float16).view(np.uint8)
     if name == "Q6_K":
         blocks[:, :, 192:208] = 0x80
-    tensor = Tensor(name=name, format=format, shape=(16, 256), data=data)
+    tensor = Tensor(name=name, format=format, shape=(16, 256), stored=data)
     for sign in (1, -1):
         x = np.full((3, 256), sign * 12.7, dtype=np.float32)
         want = round_q8(x).astype(np.float64) @ tensor.float32().astype(np.float64).T
@@ -125,12 +137,21 @@ def test_zeros_stay_zeros() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     module = native.module()
     tensor = random_weight("Q4_0")
+    memory = module.allocate_panels(module.panels_bytes("Q4_0", 45, COLS))
     with pytest.raises(ValueError, match=r"Q4_0 matrix of 45 x 33: .* a multiple of 32"):
-        module.pack("Q4_0", 45, 33, tensor.data)
+        module.pack("Q4_0", 45, 33, tensor.data, None, memory)
     with pytest.raises(ValueError, match="the data is not 46 x 768 of Q4_0"):
-        module.pack("Q4_0", 46, COLS, tensor.data)
+        module.pack("Q4_0", 46, COLS, tensor.data, None, memory)
     with pytest.raises(ValueError, match="unknown weight format Q9_9"):
-        module.pack("Q9_9", 45, COLS, tensor.data)
+        module.pack("Q9_9", 45, COLS, tensor.data, None, memory)
+    for order, wrong in ((np.arange(44), "the order does not fit"), (np.arange(45) + 1, "the order names no row")):
+        with pytest.raises(ValueError, match=wrong):
+            module.pack("Q4_0", 45, COLS, tensor.data, order, memory)
+    for part in (memory[:-1], memory[1:], memory[64:]):
+        with pytest.raises(ValueError, match=f"must be {len(memory)} bytes, aligned to 64"):
+            module.pack("Q4_0", 45, COLS, tensor.data, None, part)
+        with pytest.raises(ValueError, match=f"must be {len(memory)} bytes, aligned to 64"):
+            module.Panels("Q4_0", 45, COLS, part)
 
 
 def test_dapji_isa_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

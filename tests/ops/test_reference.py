@@ -83,7 +83,7 @@ def test_linear_of_q8_activations_is_the_integer_formula(format: str) -> None:
     if format == "Q8_0":
         halves = scales.astype(np.float16)
         data = np.concatenate([halves.view(np.uint8), codes.view(np.uint8)], axis=-1).reshape(8, -1)
-        tensor = Tensor(name="w", format=FORMATS["Q8_0"], shape=(8, 96), data=data)
+        tensor = Tensor(name="w", format=FORMATS["Q8_0"], shape=(8, 96), stored=data)
         x_codes, x_scales = quantize_q8(x)
         dots = np.einsum("tbk,obk->tob", x_codes.astype(np.int32), codes.astype(np.int32))
         expected = (dots * x_scales[:, None, :, 0].astype(np.float64) * halves[None, :, :, 0]).sum(axis=-1)

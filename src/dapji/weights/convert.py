@@ -262,9 +262,10 @@ def _convert(
         yield tensor.rows, tensor.data, np.zeros(2)
         return
     step = max(1, _CHUNK_VALUES // tensor.cols)
+    rows = tensor.data
 
     def part(start: int) -> tuple[int, Bytes, Floats64]:
-        values = tensor.format.dequantize(tensor.data[start : start + step])
+        values = tensor.format.dequantize(rows[start : start + step])
         if not np.isfinite(values).all():
             raise FormatError(f"tensor {tensor.name!r} has infinite or undefined values")
         data = quantize(values, format)

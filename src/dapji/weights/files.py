@@ -64,7 +64,14 @@ class StoredTensor:
             )
         shape = self.shape or (1,)
         data = np.frombuffer(self.data, dtype=np.uint8).reshape(-1, format.row_bytes(shape[-1]))
-        return Tensor(name=self.name, format=format, shape=shape, data=data)
+        return Tensor(name=self.name, format=format, shape=shape, stored=data, release=self._release)
+
+    def _release(self) -> None:
+        """The whole pages of a map; of its two ends others may lie in the same page."""
+        first, end = -(-self.start // mmap.PAGESIZE) * mmap.PAGESIZE, self.start + len(self.data)
+        size = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size > 0 and isinstance(self.data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.data.obj.madvise(mmap.MADV_DONTNEED, first, size)
 
 
 class StoredTensors(Mapping[str, Tensor]):

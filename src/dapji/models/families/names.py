@@ -125,4 +125,4 @@ def _take_values(vector: Tensor, index: NDArray[np.int64]) -> Tensor:
     if vector.format.block > 1:
         raise ConfigError(f"{vector.name}: the format {vector.format.name} is not supported for a bias")
     values = vector.data.reshape(vector.cols, vector.format.block_bytes)[index]
-    return Tensor(name=vector.name, format=vector.format, shape=vector.shape, data=values.reshape(1, -1))
+    return Tensor(name=vector.name, format=vector.format, shape=vector.shape, stored=values.reshape(1, -1))

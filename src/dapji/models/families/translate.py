@@ -66,8 +66,8 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
 
     Metadata of other subjects (general.*, tokenizer.*) is not looked at.
     """
-    architecture = Fields(metadata, where="GGUF").choice(
-        "general.architecture", {family.gguf_architecture: family.gguf_architecture for family in FAMILIES}
+    architecture = Fields(metadata, where="GGUF", prefix="general.").choice(
+        "architecture", {family.gguf_architecture: family.gguf_architecture for family in FAMILIES}
     )
     embed = gguf_name("embed")
     if embed not in tensors:
