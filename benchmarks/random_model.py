@@ -101,7 +101,7 @@ def write_random(path: Path, config: ModelConfig, scheme: str = "Q4_K_M", seed: 
 
 def _unfilled(name: str, shape: tuple[int, ...]) -> Tensor:
     """A shape without memory: one zero, repeated."""
-    format = FORMATS["F32" if len(shape) == 1 else "Q4_0"]  # any format: `families` copies what it puts in order
+    format = FORMATS["F32" if len(shape) == 1 else "Q4_0"]  # any format
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     data = np.broadcast_to(np.zeros(1, dtype=np.uint8), (rows, format.row_bytes(shape[-1])))
     return Tensor(name=name, format=format, shape=shape, stored=data)

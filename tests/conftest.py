@@ -12,6 +12,9 @@ import oracles
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+# Packed weights of the models that tests make are of no use to anybody; tests of the cache give it a folder.
+os.environ["DAPJI_CACHE"] = "off"
+
 
 @pytest.fixture(scope="session")
 def llama_cpp_models() -> Path:

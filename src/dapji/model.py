@@ -19,11 +19,13 @@ from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
 from dapji.models.config import ModelConfig
 from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
+from dapji.ops import native
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Detokenizer, Tokenizer
 from dapji.weights import store
 from dapji.weights.checkpoint import Checkpoint, open_checkpoint
+from dapji.weights.panel_cache import PanelCache
 
 DEFAULT_CONTEXT = 8192
 """Tokens, or the model's own limit where that is shorter: keeps the cache of a small model in tens of MB."""
@@ -112,14 +114,16 @@ def load(
     """
     files = open_files(name_or_path)
     tokenizer = files.tokenizer()  # before the executor, which takes longer: what is wrong with it shows at once
+    kind = executor or default_kind()
     opened = open_executor(
-        executor or default_kind(),
+        kind,
         files.config,
         files.tensors,
         context=min(files.config.max_context, DEFAULT_CONTEXT) if context is None else context,
         threads=threads,
         kv=kv,
         device=device,
+        cache=PanelCache.of(files.checkpoint, native.panels_version()) if kind == "native" else None,
     )
     return Model(files, tokenizer, opened, speculate=speculate)
 

@@ -169,6 +169,7 @@ NB_MODULE(_native, m) {
       "int8_peak", [](unsigned threads) { return int8_peak(choose_isa(), threads); }, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
 
+  m.attr("PANELS_VERSION") = kPanelsVersion;
   nb::class_<Panels>(m, "Panels")
       .def(
           "__init__",

@@ -7,6 +7,9 @@
 
 namespace dapji {
 
+/// Of the layout that packing gives; one more whenever that changes, so that panels kept in files are packed anew.
+constexpr int kPanelsVersion = 1;
+
 /// Weight formats, named as in GGUF; FORMATS in ops/formats.py describes them.
 enum class Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS };
 constexpr int kFormats = 15;

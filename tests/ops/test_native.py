@@ -3,6 +3,7 @@ bits; a token's result does not depend on its company."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 
 import numpy as np
@@ -60,6 +61,22 @@ def test_packing_is_exact(name: str) -> None:
     for i, want in enumerate(tensor.float32()):
         panels.dequantize_row(i, row)  # type: ignore[attr-defined]
         np.testing.assert_array_equal(row, want)
+
+
+LAYOUTS = {1: "a02703f6afbcb7b1ace8d6155b886fa2d90837cfdfa06a153ba7f82298274ed8"}
+"""By version: SHA-256 of the same weights in every format, packed."""
+
+
+def test_a_new_layout_has_a_new_version() -> None:
+    """Packed weights are kept in files by the version of their layout: another layout under the same version would be
+    read as if it were the old one. Whoever changes it raises kPanelsVersion and adds a line above."""
+    digest = hashlib.sha256()
+    for name in FORMATS:
+        tensor = random_weight(name)
+        memory = native.module().allocate_panels(native.module().panels_bytes(name, ROWS, COLS))
+        native.module().pack(name, ROWS, COLS, tensor.stored, None, memory)
+        digest.update(memory)
+    assert LAYOUTS.get(native.panels_version()) == digest.hexdigest()
 
 
 def test_rows_are_packed_in_the_order_that_is_wanted() -> None:

@@ -91,10 +91,11 @@ def _native() -> dict[str, Any]:
 
 
 def _store() -> dict[str, Any]:
-    from dapji.weights import catalogue, store
+    from dapji.weights import catalogue, panel_cache, store
 
     home = store.home()
     existing = next(path for path in (home, *home.parents) if path.exists())
+    cache = panel_cache.folder()
     installed: list[str] = []
     broken: list[str] = []
     try:
@@ -107,6 +108,8 @@ def _store() -> dict[str, Any]:
         "free": shutil.disk_usage(existing).free,
         "installed": installed,
         "broken": broken,
+        "cache": None if cache is None else str(cache),
+        "cached": sum(entry.size for entry in panel_cache.entries()),
         "catalogue": {entry.name: entry.size for entry in catalogue.entries()},
     }
 
@@ -211,6 +214,7 @@ def _print(report: dict[str, Any], problems: list[Problem]) -> None:
         *((name, report["optional"][name] or f"not installed (for {use})") for name, use in OPTIONAL.items()),
         ("store", f"{store['path']}, {_size(store['free'])} free"),
         ("installed", installed),
+        ("cache", "off" if store["cache"] is None else f"{store['cache']}, {_size(store['cached'])}"),
     ):
         click.echo(f"{key:<16} {value}")
     click.echo()

@@ -20,6 +20,7 @@ COMMANDS = {
     "list": "List installed and known models.",
     "show": "Print what a model is: architecture, size, quantisation, template, licence.",
     "remove": "Delete a model from the store.",
+    "cache": "Show or clear what is kept for quicker starts.",
     "quantize": "Write a smaller copy of a model.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure speed beside what this machine could do.",

@@ -9,7 +9,8 @@ import click
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(name: str, yes: bool) -> None:
-    """Delete the model NAME, or its unfinished download, from the store for good.
+    """Delete the model NAME, or its unfinished download, from the store for good, and what
+    `dapji cache` keeps of it.
 
     Only what `dapji pull` installed can be removed; files elsewhere are never touched, and the
     original of a file: source stays.
@@ -21,11 +22,11 @@ def command(name: str, yes: bool) -> None:
 
     Exit codes: 0 removed, 1 not in the store or you said no, 2 wrong usage, 130 interrupted.
     """
-    from dapji.weights import store
+    from dapji.weights import panel_cache, store
     from dapji.weights.sources_base import human_size
 
     size = store.stored_size(name)
     if not yes and not click.confirm(f"Delete {name} ({human_size(size)}) from {store.home()}?", err=True):
         raise click.exceptions.Exit(1)
-    store.remove(name)
-    click.echo(f"removed {name}, {human_size(size)} freed", err=True)
+    freed = store.remove(name) + panel_cache.sweep()
+    click.echo(f"removed {name}, {human_size(freed)} freed", err=True)

@@ -59,11 +59,13 @@ def open_executor(
     device: str = "cpu",
     activations: Activations = "f32",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    cache: native.PanelCache | None = None,
 ) -> Executor:
     """An executor of a model, for sequences of up to `context` tokens.
 
     tensors: by canonical name. n_blocks: default, one sequence of `context`. threads: native only; default, the
-    processors that this process may use. device and dtype: torch only. activations: reference only.
+    processors that this process may use. device and dtype: torch only. activations: reference only. cache: keeps packed
+    weights from one process to the next; others than native have none.
 
     Raises ConfigError where the context is longer than the model's, UnavailableError where this installation lacks
     the executor.
@@ -90,7 +92,7 @@ def open_executor(
     if kind == "native":
         from dapji.models.native_executor import NativeExecutor
 
-        return NativeExecutor(config, tensors, context=context, n_blocks=blocks, threads=threads, kv=kv)
+        return NativeExecutor(config, tensors, context=context, n_blocks=blocks, threads=threads, kv=kv, cache=cache)
     if kind == "reference":
         return ReferenceExecutor(config, tensors, context=context, n_blocks=blocks, kv=kv, activations=activations)
     raise UsageError(f"unknown executor {kind!r}", hint="one of: reference, torch, native")

@@ -33,6 +33,7 @@ class NativeExecutor:
         n_blocks: int,
         threads: int | None = None,
         kv: KvFormat = "f16",
+        cache: native.PanelCache | None = None,
     ) -> None:
         native.module()  # raises where it is missing
         n_threads = native.default_threads() if threads is None else threads
@@ -41,6 +42,7 @@ class NativeExecutor:
         self.config = config
         self.context = context
         self.n_blocks = n_blocks
+        self._cache = cache
         recorder = native.Recorder(context)
         logits = decode(config, tensors, recorder)
         try:
@@ -52,6 +54,7 @@ class NativeExecutor:
                 kv_shapes=kv_shapes(config),
                 n_blocks=n_blocks,
                 threads=n_threads,
+                cache=cache,
             )
         except ValueError as error:
             raise ConfigError(
@@ -90,3 +93,5 @@ class NativeExecutor:
     def close(self) -> None:
         if hasattr(self, "_program"):
             del self._program
+        if self._cache is not None:
+            self._cache.close()

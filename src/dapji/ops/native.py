@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from itertools import accumulate
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,12 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def panels_version() -> int:
+    """Of the layout in memory: what was packed by another version must be packed again."""
+    version: int = module().PANELS_VERSION
+    return version
 
 
 def read_bandwidth(threads: int) -> float:
@@ -280,6 +286,22 @@ class _Lowering:
         self._free[node.width].append(self._buffer(node))
 
 
+class PanelCache(Protocol):
+    """Keeps packed matrices from one process to the next."""
+
+    def read(self, matrices: Sequence[Tensor], n_bytes: int) -> NDArray[np.uint8] | None:
+        """What was kept of just these matrices, 64-byte aligned; None where that is not there as n_bytes."""
+        ...
+
+    def keep(self, matrices: Sequence[Tensor], packed: NDArray[np.uint8]) -> None:
+        """Store these bytes, which stay as they are. May return before it has."""
+        ...
+
+    def close(self) -> None:
+        """Waits until it has."""
+        ...
+
+
 def build(
     recorder: Recorder,
     output: Node,
@@ -289,16 +311,18 @@ def build(
     kv_shapes: Sequence[tuple[int, int]],
     n_blocks: int,
     threads: int,
+    cache: PanelCache | None = None,
 ) -> Any:
     """The `Program` (src/native/program.h) of what `recorder` recorded, ending in `output`, the logits.
 
-    Packs every matrix; the tensors' memory is not needed afterwards. kv_shapes: (K, Dh) of each layer.
+    Packs every matrix, unless the cache has them; the tensors' memory is not needed afterwards. kv_shapes: (K, Dh) of
+    each layer.
     """
     native = module()
     operations: list[tuple[Any, ...]] = []
     lowering = _Lowering(recorder.nodes, output)
     lowering.run(lambda *operation: operations.append(operation))
-    panels = _panels(recorder.nodes, threads)
+    panels = _panels(recorder.nodes, threads, cache)
     program = native.Program(
         isa=isa(),
         threads=threads,
@@ -344,22 +368,28 @@ def build(
     return program
 
 
-def _panels(nodes: Sequence[Node], threads: int) -> dict[Tensor, Any]:
-    """Every matrix once, side by side in one piece of memory."""
+def _panels(nodes: Sequence[Node], threads: int, cache: PanelCache | None) -> dict[Tensor, Any]:
+    """Every matrix once, side by side in one piece of memory or in the cache's file."""
     native = module()
     matrices = list(dict.fromkeys(node.weights[0] for node in nodes if node.op in ("embed", "linear")))
     shapes = [(tensor.format.name, tensor.rows, tensor.cols) for tensor in matrices]
     sizes = [native.panels_bytes(*shape) for shape in shapes]
     starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
-    memory = native.allocate_panels(starts[-1])
+    memory = None if cache is None else cache.read(matrices, starts[-1])
+    kept = memory is not None
+    if memory is None:
+        memory = native.allocate_panels(starts[-1])
     places = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-    _pack(matrices, places, threads)
+    if not kept:
+        _pack(matrices, places, threads)
+        if cache is not None:
+            cache.keep(matrices, memory)
     return {tensor: native.Panels(*shape, place) for tensor, shape, place in zip(matrices, shapes, places, strict=True)}
 
 
 def _pack(matrices: Sequence[Tensor], places: Sequence[NDArray[np.uint8]], threads: int) -> None:
     """The compiled code releases the GIL."""
-    from concurrent.futures import ThreadPoolExecutor  # takes 4 ms
+    from concurrent.futures import ThreadPoolExecutor  # takes 4 ms, which a start from the cache can do without
 
     def pack(tensor: Tensor, place: NDArray[np.uint8]) -> None:
         module().pack(tensor.format.name, tensor.rows, tensor.cols, tensor.stored, tensor.order, place)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import get_ident
 from typing import BinaryIO
 
 import numpy as np
@@ -24,17 +25,34 @@ MAX_TENSORS = 1 << 18
 """A file that claims more is refused: the largest open models have some 100,000."""
 
 
+class MappedFile(mmap.mmap):
+    """A map that knows what it is a map of."""
+
+    path: Path
+    stamp: tuple[int, ...]
+    """`stamp_of` the file, taken before its first byte was read."""
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """Differs for any two files at one path, and for one file before and after it was written to: the time of its last
+    change (st_ctime) is the system's own, which no program can set back."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def map_file(path: Path) -> memoryview:
-    """The file's bytes, mapped, read-only. Raises ModelNotFound or FormatError."""
+    """The file's bytes, mapped, read-only: a view of a `MappedFile`. Raises ModelNotFound or FormatError."""
     if not path.exists():
         raise ModelNotFound(f"{path}: no such file")
     if not path.is_file():
         raise FormatError(f"{path}: not a file")
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0:
                 raise FormatError(f"{path}: the file is empty")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped.path, mapped.stamp = path, stamp_of(status)
+            return memoryview(mapped)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -133,7 +151,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises UsageError where the disk refuses: no such folder, no permission, no space.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
