@@ -8,9 +8,23 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(DAPJI_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace dapji {
+
+#if defined(DAPJI_AMX)
+// Whether there are tiles of bytes and Linux lets this process use them: their registers are so large that it wants to be
+// asked (arch_prctl, ARCH_REQ_XCOMP_PERM for the state XTILEDATA).
+static bool request_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tile) && (d & int8) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -20,6 +34,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512vnni:
       return "avx512vnni";
+    case Isa::amx:
+      return "amx";
     case Isa::neon:
       return "neon";
   }
@@ -43,6 +59,14 @@ bool isa_available(Isa isa) {
     case Isa::avx512vnni:
       return false;
 #endif
+    case Isa::amx: {
+#if defined(DAPJI_AMX)
+      static const bool granted = isa_available(Isa::avx512vnni) && request_amx();
+      return granted;
+#else
+      return false;
+#endif
+    }
     case Isa::neon:
 #if defined(__aarch64__) && defined(__linux__)
       return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;

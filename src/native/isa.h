@@ -3,8 +3,8 @@
 
 namespace dapji {
 
-enum class Isa : int { generic, avx2, avx512vnni, neon };
-constexpr int kIsas = 4;
+enum class Isa : int { generic, avx2, avx512vnni, amx, neon };  // of one processor, the better one later
+constexpr int kIsas = 5;
 
 const char* isa_name(Isa isa);
 

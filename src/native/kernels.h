@@ -21,6 +21,13 @@ struct Kernels {
   MachineKernels machine;
 };
 
+/// What a matrix unit does instead of the vectors beside it: products of many tokens.
+struct TileKernels {
+  int tile;
+  decltype(MatmulKernels::linear_q) linear_q;
+  decltype(MachineKernels::dots) dots;
+};
+
 /// The kernels of `isa`, which must be available.
 const Kernels& kernels(Isa isa);
 

@@ -17,8 +17,14 @@ namespace dapji {
 namespace {
 
 constexpr int kStretch = 16;        // blocks of a panel that are unpacked at a time, at most
-constexpr int kChunk = 768;         // tokens that share one unpacking; a multiple of all tile sizes
+constexpr int kChunk = 768;         // tokens that share one unpacking, at most
 constexpr size_t kPrefetch = 4096;  // bytes ahead of what a kernel reads of a panel
+
+// Tokens that share one unpacking: as many as the second-level cache holds the codes of, in whole tiles of any size.
+constexpr int64_t chunk_of(int64_t cols) {
+  const int64_t fit = (size_t{768} << 10) / static_cast<size_t>(cols) / 48 * 48;
+  return fit < 96 ? 96 : fit > kChunk ? kChunk : fit;
+}
 
 // Calls f(std::integral_constant) for 0 .. n - 1, unrolled.
 template <class Function, int... i>
@@ -338,30 +344,51 @@ DAPJI_INLINE typename S::I start_of(const int32_t* start) {
   }
 }
 
-// sum += the products of one block, for R panels x T tokens.
+// The exact sums of a block's products, R panels x T tokens: of its 32 columns, or, with dot products in groups of 16, of
+// one half.
 template <class S, int R, int T, class Block>
-DAPJI_INLINE void add_block(const Block* w, const Activations& x, typename S::F (&sum)[R][T]) {
-  using F = typename S::F;
+struct Products {
   using I = typename S::I;
-  constexpr int offset = Block::shape.offset;
-  F block[R][T];
-  if constexpr (Block::shape.group == 32 || !S::has_dot) {
-    I exact[R][T];
+  static constexpr int offset = Block::shape.offset;
+
+  const Block* w;
+  const Activations& x;
+
+  template <int half>
+  DAPJI_INLINE void sums(I (&exact)[R][T]) const {
     for (int t = 0; t < T; ++t) {
       for (int r = 0; r < R; ++r) {
-        if constexpr (Block::shape.group == 32 || offset == 0) {
+        if constexpr (Block::shape.group == 32) {
           exact[r][t] = start_of<S, offset>(x.starts + t);
-        } else {
+        } else if constexpr (S::has_dot) {
+          exact[r][t] = start_of<S, offset>(x.half_starts + 2 * t + half);
+        } else if constexpr (offset != 0) {
           exact[r][t] = S::madd16(w[r].offsets(), S::broadcast4(x.halves + 2 * t));
+        } else {
+          exact[r][t] = S::set_int(0);
         }
       }
     }
     if constexpr (Block::shape.group == 32) {
       products<S, R, T, 0, 8>(w, x, exact);
+    } else if constexpr (S::has_dot) {
+      products<S, R, T, 4 * half, 4>(w, x, exact);
     } else {
       products<S, R, T, 0, 4>(w, x, exact);
       products<S, R, T, 4, 4>(w, x, exact);
     }
+  }
+};
+
+// sum += one block, for R panels x T tokens. products: as Products.
+template <class S, int R, int T, class Block, class Sums>
+DAPJI_INLINE void add_block(const Block* w, const Activations& x, const Sums& products, typename S::F (&sum)[R][T]) {
+  using F = typename S::F;
+  using I = typename S::I;
+  F block[R][T];
+  if constexpr (Block::shape.group == 32 || !S::has_dot) {
+    I exact[R][T];
+    products.template sums<0>(exact);
     for (int r = 0; r < R; ++r) {
       for (int t = 0; t < T; ++t) block[r][t] = S::to_float(exact[r][t]);
     }
@@ -369,11 +396,7 @@ DAPJI_INLINE void add_block(const Block* w, const Activations& x, typename S::F 
     // An integer below 2^24 at every point, so that float32 holds it exactly.
     unroll<2>(DAPJI_LAMBDA(auto half) {
       I exact[R][T];
-      for (int t = 0; t < T; ++t) {
-        const I start = start_of<S, offset>(x.half_starts + 2 * t + half);
-        for (int r = 0; r < R; ++r) exact[r][t] = start;
-      }
-      products<S, R, T, 4 * half, 4>(w, x, exact);
+      products.template sums<half>(exact);
       for (int r = 0; r < R; ++r) {
         const F scale = w[r].template scales<half>();
         for (int t = 0; t < T; ++t) {
@@ -435,7 +458,7 @@ DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t to
       for (int at = 0; at < l.unit_bytes(); at += 64) __builtin_prefetch(unit + kPrefetch + at);
       for (int b = 0; b < l.blocks; ++b) {
         const Packed<S, format> block{unit, b};
-        add_block<S, 1, T>(&block, a, sum);
+        add_block<S>(&block, a, Products<S, 1, T, Packed<S, format>>{&block, a}, sum);
         a.next_block(x.tile);
       }
     }
@@ -450,37 +473,109 @@ DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t to
 
 // ---- many tokens: a stretch of R panels is unpacked once for all of them ----
 
-// Partial sums of a tile between stretches, [panel][token][16] of a chunk. Float32 stores and loads change no bits.
-template <class S, class Block, int R, int T>
-DAPJI_INLINE void run_tile(const uint8_t* codes, int n_blocks, Activations a, float* partials, bool fresh) {
-  typename S::F sum[R][T];
-  for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) {
-      sum[r][t] = fresh ? S::zero() : S::load(partials + (r * kChunk + t) * kLanes);
+// What all tiles of one stretch of a few panels share.
+struct Stretch {
+  const uint8_t* codes;  // [panels][kStretch] blocks, unpacked
+  int n_blocks;
+  int64_t first_block;
+  bool first, last;  // of the panels' columns
+  float* partials;   // [panels][kChunk][16] sums between stretches; float32 stores and loads change no bits
+  const Quantized& x;
+  int64_t tokens;
+  const PanelsView& w;
+  int64_t panel;
+  const Epilogue& epilogue;
+  float* y;
+  size_t ldy;
+};
+
+// The sums so far of R panels from `panel` of the stretch on, and T tokens; those beyond the last do not matter.
+template <class S, int R, int T>
+DAPJI_INLINE void load_sums(const Stretch& s, int panel, int64_t token, typename S::F (&sum)[R][T]) {
+  unroll<T>(DAPJI_LAMBDA(auto t) {
+    // What will be written is fetched while the sums are made.
+    if (s.last) __builtin_prefetch(s.y + static_cast<size_t>(token + t) * s.ldy + 16 * (s.panel + panel), 1);
+    unroll<R>(DAPJI_LAMBDA(auto r) {
+      sum[r][t] = s.first ? S::zero() : S::load(s.partials + ((panel + r) * kChunk + token + t) * kLanes);
+    });
+  });
+}
+
+template <class S, int R, int T>
+DAPJI_INLINE void store_sums(const Stretch& s, int panel, int64_t token, const typename S::F (&sum)[R][T]) {
+  if (!s.last) {
+    unroll<T>(DAPJI_LAMBDA(auto t) {
+      unroll<R>(DAPJI_LAMBDA(auto r) {
+        S::store(s.partials + ((panel + r) * kChunk + token + t) * kLanes, sum[r][t]);
+      });
+    });
+    return;
+  }
+  unroll<T>(DAPJI_LAMBDA(auto t) {
+    if (token + t < s.tokens) {
+      float* const y = s.y + static_cast<size_t>(token + t) * s.ldy;
+      unroll<R>(DAPJI_LAMBDA(auto r) { finish<S>(sum[r][t], s.w, s.panel + panel + r, s.epilogue, y); });
     }
-  }
-  for (int b = 0; b < n_blocks; ++b) {
-    Block w[R];
-    for (int r = 0; r < R; ++r) w[r].data = codes + (r * kStretch + b) * Block::bytes;
-    add_block<S, R, T>(w, a, sum);
-    a.next_block(S::tokens);
-  }
-  unroll<R>(DAPJI_LAMBDA(auto r) {
-    unroll<T>(DAPJI_LAMBDA(auto t) { S::store(partials + (r * kChunk + t) * kLanes, sum[r][t]); });
   });
 }
 
 template <class S, class Block, int R, int T>
-void run_tokens(const uint8_t* codes, int n_blocks, const Quantized& x, int64_t tokens, int64_t token,
-                int64_t first_block, float* partials, bool fresh) {
-  for (; token + T <= tokens; token += T) {
-    const int64_t tile = token / S::tokens;
-    const Activations a(x, (tile * (x.cols / kBlock) + first_block) * S::tokens + token % S::tokens);
-    run_tile<S, Block, R, T>(codes, n_blocks, a, partials + token * kLanes, fresh);
+void run_tokens(const Stretch& s, int64_t token) {
+  for (; token + T <= s.tokens; token += T) {
+    typename S::F sum[R][T];
+    load_sums<S>(s, 0, token, sum);
+    const int64_t tile = token / S::tokens * (s.x.cols / kBlock) + s.first_block;
+    Activations a(s.x, tile * S::tokens + token % S::tokens);
+    for (int b = 0; b < s.n_blocks; ++b) {
+      Block w[R];
+      for (int r = 0; r < R; ++r) w[r].data = s.codes + (r * kStretch + b) * Block::bytes;
+      add_block<S>(w, a, Products<S, R, T, Block>{w, a}, sum);
+      a.next_block(S::tokens);
+    }
+    store_sums<S>(s, 0, token, sum);
   }
   if constexpr (T > 1) {
-    if (token < tokens) {
-      run_tokens<S, Block, R, smaller(T)>(codes, n_blocks, x, tokens, token, first_block, partials, fresh);
+    if (token < s.tokens) run_tokens<S, Block, R, smaller(T)>(s, token);
+  }
+}
+
+// The products of one block that a matrix unit has left in memory, of T of its 16 tokens.
+template <class S, int T>
+struct TileProducts {
+  const int32_t* tile;  // [halves][16 tokens][16 rows]
+  template <int half>
+  DAPJI_INLINE void sums(typename S::I (&exact)[1][T]) const {
+    for (int t = 0; t < T; ++t) exact[0][t] = S::load_int(tile + (16 * half + t) * kLanes);
+  }
+};
+
+// As run_tokens, by a matrix unit: the products of a stretch first, then their scales, since the two do not overlap well
+// (docs/panels.md). The last tile may have fewer tokens than 16; what becomes of the others is not used.
+template <class S, class Block, int R>
+void run_tiles(const Stretch& s) {
+  constexpr int halves = Block::halved ? 2 : 1, T = 8;
+  alignas(64) int32_t products[kStretch][halves][16][kLanes];
+  for (int64_t token = 0; token < s.tokens; token += 16) {
+    const int64_t at = (token / 16 * (s.x.cols / kBlock) + s.first_block) * 16;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* const codes = s.codes + r * kStretch * Block::bytes;
+      for (int b = 0; b < s.n_blocks; ++b) {
+        for (int half = 0; half < halves; ++half) {
+          S::multiply_tile(s.x.codes + (at + 16 * b) * kBlock + 16 * half, codes + b * Block::bytes + 256 * half,
+                           products[b][half][0]);
+        }
+      }
+      for (int t = 0; t < 16; t += T) {
+        typename S::F sum[1][T];
+        load_sums<S>(s, r, token + t, sum);
+        Activations a(s.x, at + t);
+        for (int b = 0; b < s.n_blocks; ++b) {
+          const Block w{codes + b * Block::bytes};
+          add_block<S>(&w, a, TileProducts<S, T>{products[b][0][t]}, sum);
+          a.next_block(16);
+        }
+        store_sums<S>(s, r, token + t, sum);
+      }
     }
   }
 }
@@ -493,41 +588,45 @@ void some_panels(const PanelsView& w, const Quantized& x, int64_t tokens, int64_
   using Block = Unpacked<S, shape.bits, shape.group, shape.offset, shape.affine>;
   static_assert(S::rows * (kStretch * Block::bytes + kChunk * kLanes * 4) <= kScratchBytes);
   float* const partials = reinterpret_cast<float*>(scratch + R * kStretch * Block::bytes);
-  const int64_t n_blocks = x.cols / kBlock, n_stretches = (n_blocks + kStretch - 1) / kStretch;
-  int64_t b0 = 0;
+  constexpr int stretch_blocks = S::has_tiles && Block::halved ? kStretch / 2 : kStretch;
+  const int64_t n_blocks = x.cols / kBlock, n_stretches = (n_blocks + stretch_blocks - 1) / stretch_blocks;
+  int64_t first_block = 0;
   for (int64_t stretch = 0; stretch < n_stretches; ++stretch) {
-    const int n = static_cast<int>((stretch + 1) * n_blocks / n_stretches - b0);
+    const int n = static_cast<int>((stretch + 1) * n_blocks / n_stretches - first_block);
     for (int r = 0; r < R; ++r) {
       const uint8_t* const panel = w.data + static_cast<size_t>(p + r) * w.panel_bytes;
       for (int b = 0; b < n; ++b) {
-        const int64_t block = b0 + b;
+        const int64_t block = first_block + b;
         const uint8_t* const unit = panel + block / l.blocks * l.unit_bytes();
         for (int at = 0; at < l.unit_bytes() / l.blocks; at += 64) __builtin_prefetch(unit + kPrefetch + at);
         Block::store(Packed<S, format>{unit, static_cast<int>(block % l.blocks)},
                      scratch + (r * kStretch + b) * Block::bytes);
       }
     }
-    run_tokens<S, Block, R, S::tokens>(scratch, n, x, tokens, 0, b0, partials, b0 == 0);
-    b0 += n;
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      finish<S>(S::load(partials + (r * kChunk + t) * kLanes), w, p + r, epilogue,
-                y + static_cast<size_t>(t) * ldy);
+    const Stretch s{scratch,  n, first_block, stretch == 0, stretch == n_stretches - 1, partials, x,
+                    tokens,   w, p,           epilogue,     y,                          ldy};
+    if constexpr (S::has_tiles) {
+      run_tiles<S, Block, R>(s);
+    } else {
+      run_tokens<S, Block, R, S::tokens>(s, 0);
     }
+    first_block += n;
   }
 }
 
 template <class S, Format format>
 void linear_format(const PanelsView& w, const Quantized& x, int64_t tokens, int64_t p0, int64_t p1, float* y,
                    size_t ldy, const Epilogue& epilogue, void* scratch) {
-  if (tokens <= kFew) {
+  if constexpr (S::has_tiles) {
+    S::start_tiles(layout(format).group);
+  } else if (tokens <= kFew) {
     constexpr int most = S::rows * S::tokens < kFew ? S::rows * S::tokens : kFew;  // sums that fit the registers
     for (int64_t p = p0; p < p1; ++p) few_tokens<S, format, most>(w, x, tokens, 0, p, y, ldy, epilogue);
     return;
   }
-  for (int64_t t0 = 0; t0 < tokens; t0 += kChunk) {
-    const int64_t n = tokens - t0 < kChunk ? tokens - t0 : kChunk;
+  const int64_t chunk = chunk_of(x.cols);
+  for (int64_t t0 = 0; t0 < tokens; t0 += chunk) {
+    const int64_t n = tokens - t0 < chunk ? tokens - t0 : chunk;
     const Quantized some = x.from(t0);
     float* const out = y + static_cast<size_t>(t0) * ldy;
     uint8_t* const memory = static_cast<uint8_t*>(scratch);
@@ -537,6 +636,7 @@ void linear_format(const PanelsView& w, const Quantized& x, int64_t tokens, int6
     }
     for (; p < p1; ++p) some_panels<S, format, 1>(w, some, n, p, out, ldy, epilogue, memory);
   }
+  if constexpr (S::has_tiles) S::end_tiles();
 }
 
 template <class S>

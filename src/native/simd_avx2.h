@@ -11,7 +11,7 @@ namespace dapji {
 struct Avx2 {
   static constexpr Isa isa = Isa::avx2;
   static constexpr int rows = 1, tokens = 6;  // twelve accumulators; weights, an activation and a product in the rest
-  static constexpr bool has_dot = false, signed_codes = false;
+  static constexpr bool has_dot = false, signed_codes = false, has_tiles = false;
 
   struct F {
     __m256 a, b;

@@ -11,7 +11,7 @@ namespace dapji {
 struct Avx512Vnni {
   static constexpr Isa isa = Isa::avx512vnni;
   static constexpr int rows = 2, tokens = 6;  // twelve sums in int32 and in float32, in 32 registers
-  static constexpr bool has_dot = true, signed_codes = false;
+  static constexpr bool has_dot = true, signed_codes = false, has_tiles = false;
 
   using F = __m512;
   using I = __m512i;

@@ -11,7 +11,7 @@ namespace dapji {
 struct Generic {
   static constexpr Isa isa = Isa::generic;
   static constexpr int rows = 1, tokens = 2;
-  static constexpr bool has_dot = true, signed_codes = false;
+  static constexpr bool has_dot = true, signed_codes = false, has_tiles = false;
 
   struct F {
     float v[kLanes];

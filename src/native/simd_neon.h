@@ -11,7 +11,7 @@ namespace dapji {
 struct Neon {
   static constexpr Isa isa = Isa::neon;
   static constexpr int rows = 1, tokens = 6;  // 24 registers of int32 sums; weights and an activation in the rest
-  static constexpr bool has_dot = true, signed_codes = true;
+  static constexpr bool has_dot = true, signed_codes = true, has_tiles = false;
 
   struct F {
     float32x4_t v[4];
