@@ -762,9 +762,9 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
   const int64_t blocks = out.cols / kBlock;
   const I magnitude = S::set_int(0x7fffffff);
   for (int64_t t = t0; t < t1; ++t) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const float* const from = x + static_cast<size_t>(t) * ldx + b * kBlock;
-      const int64_t at = out.at(t, b);
+    const float* from = x + static_cast<size_t>(t) * ldx;
+    int64_t at = out.at(t, 0);
+    for (int64_t b = 0; b < blocks; ++b, from += kBlock, at += out.tile) {
       const F first = S::load(from), second = S::load(from + kLanes);
       // Bit patterns of magnitudes are in the order of the numbers, with infinity and then NaN above all.
       const int32_t bits = S::max_int(
@@ -776,7 +776,8 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
       int8_t* const codes = out.codes + at * kBlock;
       float sums[2] = {0, 0};
       if (scale > 0.0f && scale <= kLargest) {
-        const I low = S::to_int(S::div(first, S::set(scale))), high = S::to_int(S::div(second, S::set(scale)));
+        const F inverse = S::set(127.0f / most);
+        const I low = S::to_int(S::mul(first, inverse)), high = S::to_int(S::mul(second, inverse));
         S::narrow_s8(codes, low);
         S::narrow_s8(codes + kLanes, high);
         sums[0] = S::sum(S::to_float(low));

@@ -97,23 +97,25 @@ def test_linear_of_q8_activations_is_the_integer_formula(format: str) -> None:
 
 
 def test_q8_codes_are_the_formula_bit_for_bit() -> None:
-    """One value at a time, in float32: scale = amax / 127, code = round-half-even(x / scale)."""
+    """One value at a time, in float32: scale = amax / 127, code = round-half-even(x * (127 / amax))."""
     x = random(5, 80, seed=4) * np.float32(10) ** np.arange(-3, 2, dtype=np.float32)[:, None]
     x[1, 32:64] = 0
     codes, scales = quantize_q8(x)
     assert codes.shape == (5, 3, 32)
     for row, block in np.ndindex(5, 3):
         values = x[row, 32 * block : 32 * (block + 1)]
-        scale = np.float32(max(abs(v) for v in values)) / np.float32(127)
-        assert scales[row, block, 0] == scale
+        largest = np.float32(max(abs(v) for v in values))
+        assert scales[row, block, 0] == largest / np.float32(127)
         for i, value in enumerate(values):
             # Python's round is half to even too
-            assert codes[row, block, i] == (round(float(np.float32(value / scale))) if scale else 0)
+            assert codes[row, block, i] == (round(float(value * (np.float32(127) / largest))) if largest else 0)
         assert not codes[row, block, len(values) :].any()
     np.testing.assert_array_equal(round_q8(x), (codes * scales).reshape(5, 96)[:, :80])
     assert (np.abs(round_q8(x) - x) <= np.repeat(scales[..., 0], 32, axis=1)[:, :80] * 0.5001).all()
     ties = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5] + [0] * 26], dtype=np.float32)
     assert quantize_q8(ties)[0][0, 0, :6].tolist() == [127, 0, 2, 2, 0, -2]
+    codes, scales = quantize_q8(np.full(32, 1e-38, dtype=np.float32))
+    assert not codes.any() and not scales.any()
 
 
 @pytest.mark.parametrize("dim", [HEAD_DIM, 16])
