@@ -1,14 +1,19 @@
 // Attention over the block-table KV cache, as a template over one instruction set's Simd struct.
 //
-// A query row's result has one order of operations, fixed by absolute positions alone: keys are taken in tiles of
-// kKvTile positions (online softmax, Milakov & Gimelshein 2018; Dao et al. 2022), tiles in segments of kKvSegment,
-// segments are merged in order. Keys that a row must not see enter as probability exactly 0, which changes nothing. So
-// the bits depend neither on the batch, nor on how a prompt was cut, nor on threads, nor on where blocks lie.
+// A query row's result has one order of operations, fixed by absolute positions alone: keys are taken in segments of
+// kKvSegment positions; a segment is a softmax of its own, and segments are merged in order (online softmax, Milakov &
+// Gimelshein 2018; Dao et al. 2022). Keys that a row must not see enter as probability exactly 0, which changes
+// nothing. So the bits depend neither on the batch, nor on how a prompt was cut, nor on threads, nor on where blocks
+// lie.
+//
+// Scores are in powers of two (queries are scaled by log2 e), and the maximum that a softmax subtracts is rounded up to
+// an integer. So what a merge multiplies by is a power of two, exact and cheap.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "kvcache.h"
@@ -16,8 +21,8 @@
 
 namespace dapji {
 
-constexpr int kKvTile = 64;      // positions per step of the online softmax
-constexpr int kKvSegment = 256;  // positions that one work item covers when a single row is split over threads
+constexpr int kKvSegment = 256;  // positions of one softmax
+constexpr int kKvTile = 64;      // positions whose keys or values are unpacked together
 
 // The cache of one layer and kv head as one sequence sees it. Nothing is owned.
 struct KvView {
@@ -32,8 +37,7 @@ struct AttentionItem {
   KvView kv;
   const float* q;      // first query row, first query head of this kv head; not yet rotated
   std::size_t stride;  // floats from query row to query row, in q and out
-  float* out;          // like q; null: leave the state of the only segment in `partial`
-  float* partial;      // see attention_partial_floats; used when out is null
+  float* out;          // like q; null: leave the segments unmerged in `partials`
   const float* cos;    // [context, rope_dim/2], by position
   const float* sin;
   int rope_dim;  // of each head, 0: no rotation
@@ -41,11 +45,13 @@ struct AttentionItem {
   int group;     // query heads of this kv head, each Dh floats, side by side
   int position;  // of the first query row
   int window;    // a row sees itself and window - 1 positions before; 0: all
-  int segment;   // the segment to compute when out is null
   float scale;   // of the scores
+  int segment, end_segment;  // to attend to; where there is an `out`, all that a row sees
+  float* partials;           // [end_segment - segment] of attention_partial_floats, where there is no `out`
 };
 
-constexpr int kMaxQueryRows = 64;  // query rows x heads that share one pass over K and V
+constexpr int kQueryPart = 64;      // dimensions that lie together of a rotated query
+constexpr int kMaxQueryRows = 168;  // query rows x heads that share one pass over K and V
 
 // The first segment with a key that a row at `position` sees.
 DAPJI_INLINE int first_segment(int position, int window) {
@@ -57,12 +63,24 @@ DAPJI_INLINE std::size_t attention_partial_floats(int rows, int padded) {
   return static_cast<std::size_t>(rows) * (2 + padded);
 }
 
+// Floats of a rotated query.
+DAPJI_INLINE std::size_t query_floats(int head_dim) {
+  return static_cast<std::size_t>(head_dim + kQueryPart - 1) / kQueryPart * kQueryPart;
+}
+
 // Floats of scratch that one worker needs for heads of this size.
 inline std::size_t attention_scratch_floats(int head_dim, int padded) {
   const std::size_t rows = kMaxQueryRows;
-  return rows * (head_dim + kKvTile + 2 * static_cast<std::size_t>(padded) + kLanes + 4) +
-         static_cast<std::size_t>(kKvTile) * (head_dim + padded);
+  return rows * (query_floats(head_dim) + kKvSegment + 2 * static_cast<std::size_t>(padded) + 4) +
+         static_cast<std::size_t>(kKvTile) * padded;
 }
+
+// A loop over registers: only without the loop do arrays live in them.
+#ifdef __clang__
+#define DAPJI_UNROLL _Pragma("unroll")
+#else
+#define DAPJI_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 template <class S>
 struct Attention {
@@ -115,39 +133,13 @@ struct Attention {
 
   // scratch: attention_scratch_floats, 64-byte aligned.
   static void attend(const AttentionItem& item, float* scratch) {
-    const KvTile& tile = *item.kv.tile;
-    const int rows = item.n_rows * item.group;
-    const State state(scratch, rows, tile);
-
-    for (int row = 0; row < rows; ++row) {
-      const int position = item.position + row / item.group;
-      const std::size_t angles = static_cast<std::size_t>(position) * (item.rope_dim / 2);
-      RowOps<S>::rotate(item.q + row / item.group * item.stride + static_cast<std::size_t>(row % item.group) * tile.head_dim,
-                        item.cos + angles, item.sin + angles, item.rope_dim, tile.head_dim, item.scale,
-                        state.q + static_cast<std::size_t>(row) * tile.head_dim);
-    }
-
-    if (item.out == nullptr) {
-      attend_segment(item, item.segment, state);
-      for (int row = 0; row < rows; ++row) {
-        item.partial[row * 2] = state.max[row];
-        item.partial[row * 2 + 1] = S::sum(S::load(state.sums + row * kLanes));
-      }
-      std::memcpy(item.partial + rows * 2, state.acc, sizeof(float) * rows * static_cast<std::size_t>(tile.padded));
-      return;
-    }
-    const int last = (item.position + item.n_rows - 1) / kKvSegment;
-    for (int segment = first_segment(item.position, item.window); segment <= last; ++segment) {
-      attend_segment(item, segment, state);
-      for (int row = 0; row < rows; ++row) {
-        const std::size_t at = static_cast<std::size_t>(row) * tile.padded;
-        merge(state.max[row], S::sum(S::load(state.sums + row * kLanes)), state.acc + at, tile.padded,
-              state.total_max[row], state.total_sum[row], state.total + at);
-      }
-    }
-    for (int row = 0; row < rows; ++row) {
-      finish(state.total + static_cast<std::size_t>(row) * tile.padded, state.total_sum[row], tile.head_dim,
-             item.out + row / item.group * item.stride + static_cast<std::size_t>(row % item.group) * tile.head_dim);
+    switch (item.kv.tile->format) {
+      case KvFormat::f32:
+        return attend<Float32>(item, scratch);
+      case KvFormat::f16:
+        return attend<Float16>(item, scratch);
+      case KvFormat::q8:
+        return attend<Codes8>(item, scratch);
     }
   }
 
@@ -161,9 +153,8 @@ struct Attention {
       std::memset(scratch, 0, sizeof(float) * tile.padded);
       for (int segment = 0; segment < n_segments; ++segment) {
         const float* partial = partials + segment * size;
-        merge(partial[row * 2], partial[row * 2 + 1],
-              partial + group * 2 + static_cast<std::size_t>(row) * tile.padded, tile.padded, total_max,
-              total_sum, scratch);
+        merge(partial[row], partial[group + row], partial + group * 2 + static_cast<std::size_t>(row) * tile.padded,
+              tile.padded, total_max, total_sum, scratch);
       }
       finish(scratch, total_sum, tile.head_dim, out + static_cast<std::size_t>(row) * tile.head_dim);
     }
@@ -171,49 +162,103 @@ struct Attention {
 
  private:
   static constexpr float kLowest = -1e30f;  // below every score; finite, so that differences are never NaN
-  static constexpr int kTileBlocks = kKvTile / kKvBlock;
-  static constexpr int kRegisterRows = S::isa == Isa::avx512vnni ? 12 : S::isa == Isa::generic ? 2 : 6;
+  static constexpr int kSegmentBlocks = kKvSegment / kKvBlock, kTileBlocks = kKvTile / kKvBlock;
+  // A product's tile of registers: kRows x kVectors sums, beside them the vectors of one factor and one of the other. A
+  // vector is one of 32 registers with AVX-512, two of 16 with AVX2, four of 32 with NEON.
+  static constexpr bool kOneRegister = alignof(F) == sizeof(F);
+  static constexpr int kVectors = kOneRegister ? 4 : 1, kRows = S::isa == Isa::generic ? 2 : 6;
+  // Up to so many rows multiply the cache as it lies, in one pass. For more it pays to unpack it first.
+  static constexpr int kFewRows = kOneRegister ? 12 : kRows;
+  static constexpr int vectors_beside(int rows) { return rows <= kRows ? kVectors : kVectors / 2; }
 
-  // Views into a worker's scratch.
-  struct State {
-    float* k;          // [kTileBlocks][Dh][16]
-    float* v;          // [kTileBlocks][Dp/16][16][16]
-    float* scores;     // [rows][kKvTile], then probabilities
-    float* acc;        // [rows][Dp] of the current segment
-    float* total;      // [rows][Dp] of the segments merged so far
-    float* sums;       // [rows][16] of the current segment, by lane
-    float* max;        // [rows] of the current segment
-    float* factor;     // [rows] what the latest maximum makes of earlier sums
-    float* total_max;  // [rows]
-    float* total_sum;  // [rows]
-    float* q;          // [rows][Dh] rotated and scaled
-    int rows;
+  // ---- the cache's layout, reading ----
 
-    State(float* scratch, int n_rows, const KvTile& tile) : rows(n_rows) {
-      const auto take = [&](std::size_t n) {
-        float* start = scratch;
-        scratch += n;
-        return start;
-      };
-      const std::size_t padded = tile.padded, dim = tile.head_dim, most = kMaxQueryRows;
-      k = take(kKvTile * dim);
-      v = take(kKvTile * padded);
-      scores = take(most * kKvTile);
-      acc = take(most * padded);
-      total = take(most * padded);
-      sums = take(most * kLanes);
-      max = take(most);
-      factor = take(most);
-      total_max = take(most);
-      total_sum = take(most);
-      q = take(most * dim);
-      std::memset(total, 0, sizeof(float) * rows * padded);
-      for (int row = 0; row < rows; ++row) {
-        total_max[row] = kLowest;
-        total_sum[row] = 0;
-      }
+  // The columns of one block that a product takes: [n] vectors, of the 16 tokens by dimension (keys), or of 16
+  // dimensions by token (values).
+  struct Floats {
+    const float* data;
+    std::size_t stride;
+    DAPJI_INLINE F operator[](int i) const { return S::load(data + i * stride); }
+  };
+  struct Halves {
+    const std::uint16_t* data;
+    DAPJI_INLINE F operator[](int i) const { return S::load_f16(data + i * kLanes); }
+  };
+  struct KeyCodes {
+    const std::int8_t* data;
+    const float* scales;  // [G][16]
+    DAPJI_INLINE F operator[](int i) const {
+      return S::mul(S::to_float(S::widen_s8(data + i * kLanes)), S::load(scales + i / kKvGroup * kKvBlock));
     }
   };
+  struct ValueCodes {
+    const std::int8_t* data;
+    const float* scales;  // [16][G], from these dimensions' group on
+    int groups;
+    DAPJI_INLINE F operator[](int i) const {
+      return S::mul(S::to_float(S::widen_s8(data + i * kLanes)), S::set(scales[i * groups]));
+    }
+  };
+
+  // Into the second-level cache: what is fetched ahead, some 32 KB, would fill the first.
+  static DAPJI_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+  // Columns that, at the same pace, fetch what is read later: as many vectors from the vector `first` on.
+  template <class Columns>
+  struct Fetching {
+    Columns columns;
+    const std::byte* later;
+    int first;
+    DAPJI_INLINE F operator[](int i) const {
+      prefetch(later + (first + i) * (sizeof(*columns.data) * kLanes));
+      return columns[i];
+    }
+  };
+
+  // Of one block's tile: the keys from dimension d on, the values of a panel of 16 dimensions.
+  struct Float32 {
+    using Keys = Floats;
+    using Values = Floats;
+    static DAPJI_INLINE Keys keys(const KvTile&, const std::byte* data, int d) {
+      return {as<float>(data) + d * kKvBlock, kKvBlock};
+    }
+    static DAPJI_INLINE Values values(const KvTile& tile, const std::byte* data, int panel) {
+      return {as<float>(data + tile.v) + panel * kKvBlock * kLanes, kLanes};
+    }
+  };
+  struct Float16 {
+    using Keys = Halves;
+    using Values = Halves;
+    static DAPJI_INLINE Keys keys(const KvTile&, const std::byte* data, int d) {
+      return {as<std::uint16_t>(data) + d * kKvBlock};
+    }
+    static DAPJI_INLINE Values values(const KvTile& tile, const std::byte* data, int panel) {
+      return {as<std::uint16_t>(data + tile.v) + panel * kKvBlock * kLanes};
+    }
+  };
+  struct Codes8 {
+    using Keys = KeyCodes;
+    using Values = ValueCodes;
+    static DAPJI_INLINE Keys keys(const KvTile& tile, const std::byte* data, int d) {
+      return {as<std::int8_t>(data) + d * kKvBlock, as<float>(data + tile.k_scale) + d / kKvGroup * kKvBlock};
+    }
+    static DAPJI_INLINE Values values(const KvTile& tile, const std::byte* data, int panel) {
+      return {as<std::int8_t>(data + tile.v) + panel * kKvBlock * kLanes,
+              as<float>(data + tile.v_scale) + panel * kLanes / kKvGroup, tile.groups};
+    }
+  };
+
+  template <class T>
+  static DAPJI_INLINE const T* as(const std::byte* data) {
+    return reinterpret_cast<const T*>(data);
+  }
+
+  template <class Columns>
+  static DAPJI_INLINE void unpack(const Columns& columns, int n, float* into, std::size_t stride) {
+    for (int i = 0; i < n; ++i) S::store(into + i * stride, columns[i]);
+  }
+
+  // ---- and writing ----
 
   template <class T>
   DAPJI_INLINE static void scatter(const T* column, int n, T* into) {
@@ -234,52 +279,67 @@ struct Attention {
     return __builtin_isnormal(scale) ? S::to_int(S::mul(x, S::set(1.0f / scale))) : S::set_int(0);
   }
 
-  // Keys of one tile as float32 [Dh][16]: in place, or unpacked to `into`.
-  static const float* unpack_k(const KvTile& tile, const std::byte* data, float* into) {
-    if (tile.format == KvFormat::f32) return reinterpret_cast<const float*>(data);
-    if (tile.format == KvFormat::f16) return unpack_f16(data, tile.head_dim, into);
-    const auto* codes = reinterpret_cast<const std::int8_t*>(data);
-    const auto* scales = reinterpret_cast<const float*>(data + tile.k_scale);  // [G][16]
-    for (int d = 0; d < tile.head_dim; ++d) {
-      const F scale = S::load(scales + d / kKvGroup * kKvBlock);
-      S::store(into + d * kKvBlock, S::mul(S::to_float(S::widen_s8(codes + d * kKvBlock)), scale));
+  // ---- the softmax ----
+
+  // 2^x for x <= 0, within 1.7e-7 of it, 1 for 0; 0 from -127 on. Between -127 and -126 any number below 2^-126.
+  static DAPJI_INLINE F exp2(F x) {
+    x = S::max(S::set(-127.0f), x);
+    const F magic = S::set(0x1.8p23f);  // a sum with it is rounded to an integer, which its lowest bits then hold
+    const F n = S::add(x, magic);
+    const F r = S::sub(x, S::sub(n, magic));
+    F p = S::set(1.3264727e-3f);  // of the polynomials of degree 5 with p(0) = 1, that of least relative error
+    p = S::fma(p, r, S::set(9.671513e-3f));
+    p = S::fma(p, r, S::set(5.5507336e-2f));
+    p = S::fma(p, r, S::set(0.24022242f));
+    p = S::fma(p, r, S::set(0.693147f));
+    p = S::fma(p, r, S::set(1.0f));
+    return S::as_float(S::add_int(S::as_int(p), S::template shl32<23>(S::as_int(n))));
+  }
+
+  // 2^n for an integer n <= 0; 0 from -127 on, and for NaN.
+  static DAPJI_INLINE float power_of_two(float n) {
+    if (!(n > -127.0f)) return 0;
+    const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+  }
+
+  // Turns scores [rows][blocks * 16 of kKvSegment] into probabilities relative to 2^max. Two passes, since that of one
+  // row is a long chain: so the processor can work on several rows at once.
+  static DAPJI_INLINE void softmax(float* scores, int rows, int blocks, float* max, float* sum) {
+    for (int row = 0; row < rows; ++row) {
+      F most = S::set(kLowest);
+      for (int b = 0; b < blocks; ++b) most = S::max(most, S::load(scores + row * kKvSegment + b * kKvBlock));
+      max[row] = __builtin_ceilf(S::max(most));
     }
-    return into;
-  }
-
-  // Values of one tile as float32 [Dp/16][16][16].
-  static const float* unpack_v(const KvTile& tile, const std::byte* data, float* into) {
-    if (tile.format == KvFormat::f32) return reinterpret_cast<const float*>(data + tile.v);
-    if (tile.format == KvFormat::f16) return unpack_f16(data + tile.v, tile.padded, into);
-    const auto* codes = reinterpret_cast<const std::int8_t*>(data + tile.v);
-    const auto* scales = reinterpret_cast<const float*>(data + tile.v_scale);  // [16][G]
-    for (int row = 0; row < tile.padded; ++row) {                              // row = panel * 16 + token
-      const int group = row / kLanes * kLanes / kKvGroup;
-      const F scale = S::set(scales[row % kKvBlock * tile.groups + group]);
-      S::store(into + row * kLanes, S::mul(S::to_float(S::widen_s8(codes + row * kLanes)), scale));
+    for (int row = 0; row < rows; ++row) {
+      const F most = S::set(max[row]);
+      F sums = S::zero();
+      for (int b = 0; b < blocks; ++b) {
+        float* const at = scores + row * kKvSegment + b * kKvBlock;
+        const F p = exp2(S::sub(S::load(at), most));
+        S::store(at, p);
+        sums = S::add(sums, p);
+      }
+      sum[row] = S::sum(sums);
     }
-    return into;
   }
 
-  static const float* unpack_f16(const std::byte* data, int rows, float* into) {
-    const auto* halves = reinterpret_cast<const std::uint16_t*>(data);
-    for (int row = 0; row < rows; ++row) S::store(into + row * kLanes, S::load_f16(halves + row * kLanes));
-    return into;
-  }
-
-  static void merge(float max, float sum, const float* acc, int padded, float& total_max, float& total_sum,
-                    float* total) {
+  // A row that sees nothing of a segment has the sum 0 there, and no acc.
+  static DAPJI_INLINE void merge(float max, float sum, const float* acc, int padded, float& total_max,
+                                 float& total_sum, float* total) {
+    if (sum == 0) return;
     const float most = max > total_max ? max : total_max;
-    const float keep = exp_of(total_max - most), take = exp_of(max - most);
+    const float keep = power_of_two(total_max - most), take = power_of_two(max - most);
     total_max = most;
     total_sum = total_sum * keep + sum * take;
     for (int d = 0; d < padded; d += kLanes) {
-      const F kept = S::mul(S::load(total + d), S::set(keep));
-      S::store(total + d, S::add(kept, S::mul(S::load(acc + d), S::set(take))));
+      S::store(total + d, S::fma(S::load(acc + d), S::set(take), S::mul(S::load(total + d), S::set(keep))));
     }
   }
 
-  static void finish(const float* total, float sum, int head_dim, float* out) {
+  static DAPJI_INLINE void finish(const float* total, float sum, int head_dim, float* out) {
     const F divisor = S::set(sum);
     for (int d = 0; d < head_dim; d += kLanes) {
       const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
@@ -287,142 +347,277 @@ struct Attention {
     }
   }
 
-  // Calls work.run<Rows>(row) for groups of as many rows as fit the registers.
-  template <int Rows = kRegisterRows, class Work>
-  static void for_rows(int row, int rows, const Work& work) {
-    for (; row + Rows <= rows; row += Rows) work.template run<Rows>(row);
-    if constexpr (Rows > 1) {
-      if (row < rows) for_rows<Rows - 1>(row, rows, work);
+  // ---- the products ----
+
+  // Calls work(std::integral_constant<int, Rows>, row) for groups of `Most` rows and the rest.
+  template <int Most, class Work>
+  static DAPJI_INLINE void for_rows(int row, int rows, const Work& work) {
+    for (; row + Most <= rows; row += Most) work(std::integral_constant<int, Most>{}, row);
+    if constexpr (Most > 1) {
+      if (row < rows) for_rows<Most - 1>(row, rows, work);
     }
   }
 
-  // scores [rows][16 of kKvTile] = q [rows][Dh] k [Dh][16]
-  struct Scores {
-    const float* q;
-    const float* k;
-    std::size_t dim;
-    float* scores;
-
-    template <int Rows>
-    void run(int first) const {
-      const float* from = q + first * dim;
-      F sum[Rows];
-      for (int row = 0; row < Rows; ++row) sum[row] = S::zero();
-      for (std::size_t d = 0; d < dim; ++d) {
-        const F key = S::load(k + d * kKvBlock);
-        for (int row = 0; row < Rows; ++row) sum[row] = S::fma(S::set(from[row * dim + d]), key, sum[row]);
-      }
-      for (int row = 0; row < Rows; ++row) S::store(scores + (first + row) * kKvTile, sum[row]);
+  // Calls work(std::integral_constant<int, Vectors>, i) for groups of `Most` vectors and the rest.
+  template <int Most, class Work>
+  static DAPJI_INLINE void for_vectors(int i, int end, const Work& work) {
+    for (; i + Most <= end; i += Most) work(std::integral_constant<int, Most>{}, i);
+    if constexpr (Most > 1) {
+      if (i < end) for_vectors<Most / 2>(i, end, work);
     }
+  }
+
+  // How the factors of a product lie: in parts of `part` columns; all strides in floats.
+  struct Factors {
+    int row_stride, part, part_stride;
   };
+  static constexpr Factors kQueries{kQueryPart, kQueryPart, kMaxQueryRows * kQueryPart};
+  static constexpr Factors kProbabilities{kKvSegment, kKvBlock, kKvBlock};
 
-  // acc [rows][16 of Dp] = factor * acc + probabilities [rows][blocks * 16] values [blocks][16][16]
-  struct Mix {
-    const float* probabilities;
-    const float* const* values;  // [blocks]
-    std::size_t panel;           // offset of the 16 columns within them
-    int blocks;
-    const float* factor;
-    float* acc;
-    std::size_t stride;
-
-    template <int Rows>
-    void run(int first) const {
-      float* into = acc + first * stride;
-      F sum[Rows];
-      for (int row = 0; row < Rows; ++row) sum[row] = S::mul(S::load(into + row * stride), S::set(factor[first + row]));
-      for (int b = 0; b < blocks; ++b) {
-        const float* from = probabilities + first * kKvTile + b * kKvBlock;
-        const float* value = values[b] + panel;
-        for (int t = 0; t < kKvBlock; ++t) {
-          const F column = S::load(value + t * kLanes);
-          for (int row = 0; row < Rows; ++row) sum[row] = S::fma(S::set(from[row * kKvTile + t]), column, sum[row]);
+  // out [Rows][Vectors * 16] = start + factors [Rows][n] columns [n][Vectors * 16]; start: 0 or, if `add`, out.
+  // columns(part, vector): the vectors of one part.
+  template <int Rows, int Vectors, const Factors& kFactors, class Columns>
+  static DAPJI_INLINE void multiply(const float* factors, int n, const Columns& columns, bool add, float* out,
+                                    std::size_t out_stride) {
+    F sum[Rows][Vectors];
+    DAPJI_UNROLL
+    for (int row = 0; row < Rows; ++row) {
+      DAPJI_UNROLL
+      for (int v = 0; v < Vectors; ++v) sum[row][v] = add ? S::load(out + row * out_stride + v * kLanes) : S::zero();
+    }
+    for (int part = 0; n > 0; ++part, n -= kFactors.part, factors += kFactors.part_stride) {
+      decltype(columns(0, 0)) column[Vectors];
+      DAPJI_UNROLL
+      for (int v = 0; v < Vectors; ++v) column[v] = columns(part, v);
+      const int size = n < kFactors.part ? n : kFactors.part;
+      for (int i = 0; i < size; ++i) {
+        F x[Vectors];
+        DAPJI_UNROLL
+        for (int v = 0; v < Vectors; ++v) x[v] = column[v][i];
+        DAPJI_UNROLL
+        for (int row = 0; row < Rows; ++row) {
+          const F factor = S::set(factors[row * kFactors.row_stride + i]);
+          DAPJI_UNROLL
+          for (int v = 0; v < Vectors; ++v) sum[row][v] = S::fma(factor, x[v], sum[row][v]);
         }
       }
-      for (int row = 0; row < Rows; ++row) S::store(into + row * stride, sum[row]);
+    }
+    DAPJI_UNROLL
+    for (int row = 0; row < Rows; ++row) {
+      DAPJI_UNROLL
+      for (int v = 0; v < Vectors; ++v) S::store(out + row * out_stride + v * kLanes, sum[row][v]);
+    }
+  }
+
+  // ---- putting them together ----
+
+  // Views into a worker's scratch.
+  struct State {
+    float* unpacked;   // [kTileBlocks] blocks' keys or values
+    float* scores;     // [rows][kKvSegment], then probabilities
+    float* acc;        // [rows][Dp] of the current segment
+    float* total;      // [rows][Dp] of the segments merged so far
+    float* max;        // [rows] of the current segment
+    float* sum;        // [rows]
+    float* total_max;  // [rows]
+    float* total_sum;  // [rows]
+    float* q;          // [Dh / kQueryPart][kMaxQueryRows][kQueryPart] rotated and scaled
+    int rows;
+
+    State(float* scratch, int n_rows, const KvTile& tile) : rows(n_rows) {
+      const auto take = [&](std::size_t n) {
+        float* start = scratch;
+        scratch += n;
+        return start;
+      };
+      const std::size_t padded = tile.padded, most = kMaxQueryRows;
+      unpacked = take(kKvTile * padded);
+      scores = take(most * kKvSegment);
+      acc = take(most * padded);
+      total = take(most * padded);
+      max = take(most);
+      sum = take(most);
+      total_max = take(most);
+      total_sum = take(most);
+      q = take(most * query_floats(tile.head_dim));
     }
   };
 
-  // Sets the scores of one block, from `position` on, that a row does not see.
-  static void mask(const AttentionItem& item, int position, float value, float* scores) {
-    const int rows = item.n_rows * item.group;
-    for (int row = 0; row < rows; ++row) {
-      const int own = item.position + row / item.group - position;  // lane of the row's own token
-      for (int t = 0; t < kKvBlock; ++t) {
-        if (t > own || (item.window != 0 && t <= own - item.window)) scores[row * kKvTile + t] = value;
-      }
+  // Blocks of a segment, counted from its start.
+  struct Blocks {
+    int from, to;
+    DAPJI_INLINE Blocks within(Blocks other) const {
+      return {from > other.from ? from : other.from, to < other.to ? to : other.to};
+    }
+  };
+
+  // What any of the rows sees. Blocks before all windows are not read: they may have been given back.
+  static DAPJI_INLINE Blocks seen(const AttentionItem& item, int segment, int row, int n_rows) {
+    const int first = item.position + row / item.group - segment * kKvSegment;
+    const int last = item.position + (row + n_rows - 1) / item.group - segment * kKvSegment;
+    const int oldest = item.window == 0 || first < item.window ? 0 : first - item.window + 1;
+    return Blocks{oldest / kKvBlock, last < 0 ? 0 : last / kKvBlock + 1}.within({0, kSegmentBlocks});
+  }
+
+  // Hides what of the block at `position` a row does not see: its score becomes -infinity.
+  static DAPJI_INLINE void mask(const AttentionItem& item, int position, int row, int n_rows, float* scores) {
+    constexpr float inf = __builtin_inff();
+    alignas(64) static constexpr float kEdges[3 * kLanes] = {
+        -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf,
+        inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,
+        -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf};
+    const int first = item.position + row / item.group, last = item.position + (row + n_rows - 1) / item.group;
+    if (position + kKvBlock - 1 <= first && (item.window == 0 || position > last - item.window)) return;
+    const auto lane = [](int i) { return i < -1 ? -1 : i > kLanes - 1 ? kLanes - 1 : i; };
+    for (int i = 0; i < n_rows; ++i, scores += kKvSegment) {
+      const int own = item.position + (row + i) / item.group - position;
+      F limit = S::load(kEdges + 2 * kLanes - 1 - lane(own));
+      if (item.window != 0) limit = S::min(limit, S::load(kEdges + kLanes - 1 - lane(own - item.window)));
+      S::store(scores, S::min(S::load(scores), limit));
     }
   }
 
-  // Turns the scores of a tile into probabilities relative to the largest score so far.
-  static void exponentiate(const State& state, int blocks) {
-    for (int row = 0; row < state.rows; ++row) {
-      float* scores = state.scores + row * kKvTile;
-      F most = S::load(scores);
-      for (int b = 1; b < blocks; ++b) most = S::max(most, S::load(scores + b * kKvBlock));
-      const float tile_max = S::max(most), before = state.max[row];
-      const float after = tile_max > before ? tile_max : before;
-      state.max[row] = after;
-      state.factor[row] = before == after ? 1.0f : exp_of(before - after);
-      for (int b = 0; b < blocks; ++b) {
-        // Below e^-87 results leave the normal floats, where many processors are slow; a sum of at least 1 hides it.
-        const F below = S::sub(S::load(scores + b * kKvBlock), S::set(after));
-        S::store(scores + b * kKvBlock, exp<S>(S::max(S::set(-87.0f), below)));
-      }
-    }
-  }
-
-  static void add_up(const State& state, int blocks) {
-    for (int row = 0; row < state.rows; ++row) {
-      F sum = S::mul(S::load(state.sums + row * kLanes), S::set(state.factor[row]));
-      for (int b = 0; b < blocks; ++b) sum = S::add(sum, S::load(state.scores + row * kKvTile + b * kKvBlock));
-      S::store(state.sums + row * kLanes, sum);
-    }
-  }
-
-  static float exp_of(float x) {
-    alignas(64) float lanes[kLanes];
-    S::store(lanes, exp<S>(S::set(x)));
-    return lanes[0];
-  }
-
-  // The keys of one segment for all rows of the item, from an empty state.
-  static void attend_segment(const AttentionItem& item, int segment, const State& state) {
+  template <class Format>
+  static void attend(const AttentionItem& item, float* scratch) {
     const KvTile& tile = *item.kv.tile;
-    const int rows = state.rows, first = item.position, last = item.position + item.n_rows - 1;
+    const int rows = item.n_rows * item.group;
     const std::size_t dim = tile.head_dim, padded = tile.padded;
-    std::memset(state.acc, 0, sizeof(float) * rows * padded);
-    std::memset(state.sums, 0, sizeof(float) * rows * kLanes);
-    for (int row = 0; row < rows; ++row) state.max[row] = kLowest;
+    const State state(scratch, rows, tile);
 
-    // Blocks that lie before every row's window are not read: they may have been given back.
-    const int seen = item.window == 0 || first < item.window ? 0 : (first - item.window + 1) / kKvBlock * kKvBlock;
-    const int start = segment * kKvSegment > seen ? segment * kKvSegment : seen;
-    const int end = last + 1 < (segment + 1) * kKvSegment ? last + 1 : (segment + 1) * kKvSegment;
-    for (int base = start; base < end; base = (base / kKvTile + 1) * kKvTile) {
-      const int tile_end = (base / kKvTile + 1) * kKvTile;
-      const int blocks = ((end < tile_end ? end : tile_end) - base + kKvBlock - 1) / kKvBlock;
-      const float* values[kTileBlocks];
-      bool edge[kTileBlocks];  // some row does not see all of the block
-      for (int b = 0; b < blocks; ++b) {
-        const int position = base + b * kKvBlock;
-        const std::byte* data = item.kv.head + item.kv.table[position / kKvBlock] * item.kv.block_stride;
-        const float* keys = unpack_k(tile, data, state.k + b * dim * kKvBlock);
-        values[b] = unpack_v(tile, data, state.v + b * padded * kKvBlock);
-        float* const scores = state.scores + b * kKvBlock;
-        for_rows(0, rows, Scores{state.q, keys, dim, scores});
-        edge[b] = position + kKvBlock - 1 > first || (item.window != 0 && position <= last - item.window);
-        if (edge[b]) mask(item, position, kLowest, scores);
-      }
-      exponentiate(state, blocks);
-      for (int b = 0; b < blocks; ++b) {
-        if (edge[b]) mask(item, base + b * kKvBlock, 0.0f, state.scores + b * kKvBlock);
-      }
-      add_up(state, blocks);
-      for (std::size_t panel = 0; panel < padded; panel += kLanes) {
-        for_rows(0, rows, Mix{state.scores, values, panel * kKvBlock, blocks, state.factor, state.acc + panel, padded});
+    constexpr float kLog2E = 1.44269504f;
+    for (int row = 0; row < rows; ++row) {
+      const int position = item.position + row / item.group;
+      const std::size_t angles = static_cast<std::size_t>(position) * (item.rope_dim / 2);
+      float* const rotated = state.acc;
+      RowOps<S>::rotate(item.q + row / item.group * item.stride + row % item.group * dim, item.cos + angles,
+                        item.sin + angles, item.rope_dim, tile.head_dim, item.scale * kLog2E, rotated);
+      for (std::size_t d = 0; d < dim; d += kQueryPart) {
+        std::memcpy(state.q + d * kMaxQueryRows + row * kQueryPart, rotated + d, sizeof(float) * kQueryPart);
       }
     }
+
+    const auto attend_segment =
+        rows <= kFewRows ? Attention::attend_segment<Format, true> : Attention::attend_segment<Format, false>;
+    if (item.out == nullptr) {
+      float* partial = item.partials;
+      for (int segment = item.segment; segment < item.end_segment; ++segment) {
+        attend_segment(item, segment, state);
+        std::memcpy(partial, state.max, sizeof(float) * rows);
+        std::memcpy(partial + rows, state.sum, sizeof(float) * rows);
+        std::memcpy(partial + 2 * rows, state.acc, sizeof(float) * rows * padded);
+        partial += attention_partial_floats(rows, tile.padded);
+      }
+      return;
+    }
+    for (int row = 0; row < rows; ++row) {
+      state.total_max[row] = kLowest;
+      state.total_sum[row] = 0;
+    }
+    std::memset(state.total, 0, sizeof(float) * rows * padded);
+    for (int segment = item.segment; segment < item.end_segment; ++segment) {
+      attend_segment(item, segment, state);
+      for (int row = 0; row < rows; ++row) {
+        merge(state.max[row], state.sum[row], state.acc + row * padded, tile.padded, state.total_max[row],
+              state.total_sum[row], state.total + row * padded);
+      }
+    }
+    for (int row = 0; row < rows; ++row) {
+      finish(state.total + row * padded, state.total_sum[row], tile.head_dim,
+             item.out + row / item.group * item.stride + row % item.group * dim);
+    }
+  }
+
+  // The keys of one segment for all rows of the item, from an empty state. Few rows multiply the cache as it lies; for
+  // many it is unpacked first, a tile at a time. While keys are read the values of the same blocks are fetched, while
+  // values are read the keys of the next segment.
+  template <class Format, bool kFew>
+  static void attend_segment(const AttentionItem& item, int segment, const State& state) {
+    constexpr int kMost = kFew ? kFewRows : kRows;
+    const KvTile& tile = *item.kv.tile;
+    const int rows = state.rows, dim = tile.head_dim, padded = tile.padded;
+    const std::int32_t* const table = item.kv.table + segment * kSegmentBlocks;
+    const auto block = [&](int b) { return item.kv.head + table[b] * item.kv.block_stride; };
+    const int end = Blocks{0, (item.position + item.n_rows - 1) / kKvBlock + 1}
+                        .within({0, item.end_segment * kSegmentBlocks}).to - segment * kSegmentBlocks;
+    const auto next = [&](int b) { return block(b + kSegmentBlocks < end ? b + kSegmentBlocks : b); };
+    const Blocks all = seen(item, segment, 0, rows);
+    const auto for_tiles = [&](const auto& work) {
+      for (int b = all.from / kTileBlocks * kTileBlocks; b < all.to; b += kTileBlocks) {
+        work(all.within({b, b + kTileBlocks}));
+      }
+    };
+    // Of the `bytes` at data(block), the part that falls to n rows.
+    const auto fetch = [&](Blocks some, const auto& data, std::size_t bytes, int row, int n) {
+      const int lines = static_cast<int>(bytes / 64), from = lines * row / rows, to = lines * (row + n) / rows;
+      for (int b = some.from; b < some.to; ++b) {
+        for (int i = from; i < to; ++i) prefetch(data(b) + i * 64);
+      }
+    };
+
+    for_tiles([&](Blocks some) {
+      const auto unpacked = [&](int b) { return state.unpacked + (b - some.from) * kKvBlock; };  // [Dh][kKvTile]
+      if constexpr (!kFew) {
+        for (int b = some.from; b < some.to; ++b) unpack(Format::keys(tile, block(b), 0), dim, unpacked(b), kKvTile);
+      }
+      for_rows<kMost>(0, rows, [&](auto n, int row) {
+        const Blocks mine = seen(item, segment, row, n).within(some);
+        float* const scores = state.scores + row * kKvSegment;
+        for_vectors<vectors_beside(n)>(mine.from, mine.to, [&](auto n_blocks, int first) {
+          const auto keys = [&](int part, int i) {
+            const int b = first + i, d = part * kQueryPart;
+            if constexpr (kFew) {
+              return Fetching<typename Format::Keys>{Format::keys(tile, block(b), d), block(b) + tile.v, d};
+            } else {
+              return Floats{unpacked(b) + d * kKvTile, kKvTile};
+            }
+          };
+          multiply<n, n_blocks, kQueries>(state.q + row * kQueryPart, dim, keys, false, scores + first * kKvBlock,
+                                          kKvSegment);
+        });
+        for (int b = mine.from; b < mine.to; ++b) {
+          mask(item, (segment * kSegmentBlocks + b) * kKvBlock, row, n, scores + b * kKvBlock);
+        }
+        if constexpr (!kFew) fetch(some, [&](int b) { return block(b) + tile.v; }, tile.bytes - tile.v, row, n);
+      });
+    });
+
+    for_rows<kMost>(0, rows, [&](auto n, int row) {
+      const Blocks mine = seen(item, segment, row, n);
+      softmax(state.scores + row * kKvSegment + mine.from * kKvBlock, n, mine.to - mine.from, state.max + row,
+              state.sum + row);
+    });
+
+    for_tiles([&](Blocks some) {
+      const auto unpacked = [&](int b, int panel) {  // [kKvTile][Dp]
+        return state.unpacked + (b - some.from) * kKvBlock * padded + panel * kLanes;
+      };
+      if constexpr (!kFew) {
+        for (int b = some.from; b < some.to; ++b) {
+          for (int panel = 0; panel < padded / kLanes; ++panel) {
+            unpack(Format::values(tile, block(b), panel), kKvBlock, unpacked(b, panel), padded);
+          }
+        }
+      }
+      for_rows<kMost>(0, rows, [&](auto n, int row) {
+        const Blocks visible = seen(item, segment, row, n), mine = visible.within(some);
+        if (mine.from >= mine.to) return;
+        for_vectors<vectors_beside(n)>(0, padded / kLanes, [&](auto n_vectors, int panel) {
+          const auto values = [&](int i, int v) {
+            const int b = mine.from + i;
+            if constexpr (kFew) {
+              return Fetching<typename Format::Values>{Format::values(tile, block(b), panel + v), next(b),
+                                                       (panel + v) * kKvBlock};
+            } else {
+              return Floats{unpacked(b, panel + v), static_cast<std::size_t>(padded)};
+            }
+          };
+          multiply<n, n_vectors, kProbabilities>(state.scores + row * kKvSegment + mine.from * kKvBlock,
+                                                 (mine.to - mine.from) * kKvBlock, values, mine.from > visible.from,
+                                                 state.acc + row * padded + panel * kLanes, padded);
+        });
+        if constexpr (!kFew) fetch(some, next, tile.v, row, n);
+      });
+    });
   }
 };
 

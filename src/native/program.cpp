@@ -10,7 +10,6 @@
 namespace dapji {
 namespace {
 
-constexpr int kMaxQueryTile = 32;     // rows of a query tile at most
 constexpr int kSharesPerWorker = 12;  // of a linear operation on many rows, taken in turn
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
@@ -158,7 +157,7 @@ void Program::add_attention(int q, int k, int v, int output, int layer, int n_he
   }
   attention_floats_ = std::max(attention_floats_, attention_scratch_floats(tile.head_dim, tile.padded));
   for (Worker& worker : workers_) worker.attention.reserve(attention_floats_);
-  query_rows_ = std::min({query_rows_, kMaxQueryTile, kMaxQueryRows / (n_heads / n_kv_heads)});
+  query_rows_ = std::min(query_rows_, kMaxQueryRows / (n_heads / n_kv_heads));
   window_ = window == 0 || window_ == 0 ? 0 : std::max(window_, window);
   partial_floats_ = std::max(partial_floats_, static_cast<std::size_t>(n_kv_heads) *
                                                   attention_partial_floats(n_heads / n_kv_heads, tile.padded));
@@ -377,6 +376,8 @@ void Program::run(const Attend& op, std::size_t index, unsigned worker) {
     result.position = batch_.positions[first];
     result.window = op.window;
     result.scale = op.scale;
+    result.segment = first_segment(result.position, op.window);
+    result.end_segment = (result.position + n - 1) / kKvSegment + 1;
     return result;
   };
 
@@ -399,35 +400,41 @@ void Program::run(const Attend& op, std::size_t index, unsigned worker) {
 
   const KvTile& tile = cache_.tile(op.layer);
   const std::size_t size = attention_partial_floats(group, tile.padded);
-  const auto first_of = [&](int sequence) { return first_segment(batch_.positions[sequence], op.window); };
-  // A sequence's row is one token: who computes the segment that holds it writes it first.
-  for (int sequence = 0, work = 0; sequence < batch_.n_sequences; ++sequence) {
-    const Segments& segments = segments_[sequence];
-    const int last = batch_.positions[sequence] / kKvSegment;
-    const int first = segments.n > 1 ? first_of(sequence) : last;
-    for (int head = 0; head < op.n_kv_heads; ++head) {
-      for (int segment = first; segment <= last; ++segment, ++work) {
-        if (work % static_cast<int>(pool_->size()) != static_cast<int>(worker)) continue;
-        if (segment == last) write_kv(op, sequence, sequence, head, mine);
-        AttentionItem one = item(sequence, sequence, 1, head);
-        if (first != last) {
-          one.out = nullptr;
-          one.segment = segment;
-          one.partial = partial(segments, segment, head, size);
-        }
-        kernels_.rows.attend(one, mine.attention.data());
+  const auto last_of = [&](int sequence) { return batch_.positions[sequence] / kKvSegment; };
+  const auto first_of = [&](int sequence) {
+    return segments_[sequence].n > 1 ? first_segment(batch_.positions[sequence], op.window) : last_of(sequence);
+  };
+  // Every worker gets as many segments, those of a head side by side, so that it can fetch ahead. A sequence's row is
+  // one token: who computes the segment that holds it writes it first.
+  std::int64_t total = 0;
+  for (int sequence = 0; sequence < batch_.n_sequences; ++sequence) {
+    total += static_cast<std::int64_t>(last_of(sequence) - first_of(sequence) + 1) * op.n_kv_heads;
+  }
+  std::int64_t begin = total * worker / pool_->size(), end = total * (worker + 1) / pool_->size();
+  for (int sequence = 0; sequence < batch_.n_sequences; ++sequence) {
+    const int first = first_of(sequence), last = last_of(sequence), n = last - first + 1;
+    for (int head = 0; head < op.n_kv_heads; ++head, begin -= n, end -= n) {
+      const int from = first + static_cast<int>(std::max<std::int64_t>(begin, 0));
+      const int to = first + static_cast<int>(std::min<std::int64_t>(end, n));
+      if (from >= to) continue;
+      if (to > last) write_kv(op, sequence, sequence, head, mine);
+      AttentionItem one = item(sequence, sequence, 1, head);
+      if (n > 1) {
+        one.out = nullptr;
+        one.segment = from;
+        one.end_segment = to;
+        one.partials = partial(segments_[sequence], from, head, size);
       }
+      kernels_.rows.attend(one, mine.attention.data());
     }
   }
   if (n_partials_ == 0) return;
   pool_->barrier();
   for (int sequence = 0, work = 0; sequence < batch_.n_sequences; ++sequence) {
-    const Segments& segments = segments_[sequence];
-    const int last = batch_.positions[sequence] / kKvSegment;
-    if (segments.n == 1 || first_of(sequence) == last) continue;
-    for (int head = 0; head < op.n_kv_heads; ++head, ++work) {
+    const int first = first_of(sequence), n = last_of(sequence) - first + 1;
+    for (int head = 0; n > 1 && head < op.n_kv_heads; ++head, ++work) {
       if (work % static_cast<int>(pool_->size()) != static_cast<int>(worker)) continue;
-      kernels_.rows.combine(partial(segments, first_of(sequence), head, size), last - first_of(sequence) + 1, group, tile,
+      kernels_.rows.combine(partial(segments_[sequence], first, head, size), n, group, tile,
                             row(op.output, sequence) + static_cast<std::size_t>(head) * group * op.head_dim,
                             mine.attention.data());
     }

@@ -191,7 +191,7 @@ class Program {
   std::int64_t max_normed_cols_ = 0;
   std::size_t attention_floats_ = 0;
   std::size_t partial_floats_ = 0;  // of one segment, all kv heads
-  int query_rows_ = 32;  // rows of a query tile
+  int query_rows_ = kMaxQueryRows;  // rows of a query tile
   int window_ = -1;      // how far back any layer looks; 0: to the start
 
   // Of the current step.

@@ -203,12 +203,12 @@ def test_a_number_that_is_none_reaches_every_token_that_attends_to_it(kv: KvForm
 def test_a_model_that_it_cannot_run_is_named() -> None:
     config, tensors = model("F32")
     layer = config.layers[0]
-    wide = replace(layer, attention=replace(layer.attention, n_heads=130, head_dim=32))
+    wide = replace(layer, attention=replace(layer.attention, n_heads=340, head_dim=32))
     config = replace(config, layers=(wide,))
     tensors = {
         name: Tensor.from_float32(name, np.zeros(shape, np.float32)) for name, shape in weight_shapes(config).items()
     }
-    with pytest.raises(ConfigError, match="cannot run this model: attention: 130 heads over 2 kv heads"):
+    with pytest.raises(ConfigError, match="cannot run this model: attention: 340 heads over 2 kv heads"):
         NativeExecutor(config, tensors, context=64, n_blocks=4)
 
 

@@ -300,6 +300,8 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim) {
     one.position = position;
     one.window = window;
     one.scale = 2.0f / static_cast<float>(std::sqrt(head_dim));
+    one.segment = first_segment(position, window);
+    one.end_segment = (position + rows - 1) / kKvSegment + 1;
     return one;
   };
   struct Query {
@@ -320,7 +322,8 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim) {
       AttentionItem one = whole;
       one.out = nullptr;
       one.segment = segment;
-      one.partial = partials.data() + static_cast<std::size_t>(segment) * part;
+      one.end_segment = segment + 1;
+      one.partials = partials.data() + static_cast<std::size_t>(segment) * part;
       kernel.attend(one, space.data());
     }
     kernel.combine(partials.data(), 2, group, tile, merged.data(), space.data());
