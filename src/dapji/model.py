@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from dapji.chat import ChatTemplate
 from dapji.engine import Engine, Finish, Logprobs, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
@@ -26,6 +25,9 @@ from dapji.tokenizer import Detokenizer, Tokenizer
 from dapji.weights import store
 from dapji.weights.checkpoint import Checkpoint, open_checkpoint
 from dapji.weights.panel_cache import PanelCache
+
+if TYPE_CHECKING:
+    from dapji.chat import ChatTemplate
 
 DEFAULT_CONTEXT = 8192
 """Tokens, or the model's own limit where that is shorter: keeps the cache of a small model in tens of MB."""
@@ -146,6 +148,8 @@ class Model:
     @cached_property
     def template(self) -> ChatTemplate:
         """The model's own chat template. Raises TemplateError where it has none."""
+        from dapji.chat import ChatTemplate  # takes 30 ms with jinja2, which completing a text can do without
+
         return ChatTemplate.of(self.tokenizer)
 
     @property

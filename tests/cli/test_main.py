@@ -54,6 +54,20 @@ def test_list_imports_neither_tokenizer_nor_model(home: Path) -> None:
     assert not loaded_modules("list") & (HEAVY - {"msgspec", "numpy"})
 
 
+@pytest.mark.parametrize("arguments", [["chat", "-m"], ["run"]])
+def test_answering_imports_no_more_than_it_needs(
+    arguments: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these takes milliseconds, some of them hundreds, before the first token. Weights come from the cache."""
+    monkeypatch.setenv("DAPJI_CACHE", str(tmp_path))
+    needed = {"numpy", "tokenizers", "msgspec"} | ({"jinja2"} if "chat" in arguments else set())
+    for first in (True, False):
+        loaded = loaded_modules(*arguments, str(tiny), "hello\n")
+        assert loaded & HEAVY == needed
+        if not first:
+            assert not loaded & {"concurrent", "logging", "subprocess", "zipfile", "tomllib", "asyncio"}
+
+
 def test_group_help_names_every_command(dapji: Dapji) -> None:
     shown = dapji()
     assert shown == dapji("--help")

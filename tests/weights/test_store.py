@@ -18,7 +18,7 @@ import pytest
 from local_sources import Hub, gguf_bytes, make_wheel, split_gguf
 
 from dapji.errors import DownloadError, FormatError, IntegrityError, ModelNotFound, UsageError
-from dapji.weights import catalogue, sources_hub, sources_pypi, store
+from dapji.weights import catalogue, sources, sources_hub, sources_pypi, store
 
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
 """A safetensors file."""
@@ -291,7 +291,7 @@ def test_the_real_catalogue_is_well_formed() -> None:
     assert len(names) == len(set(names))
     for entry in catalogue.entries():
         assert len(bytes.fromhex(entry.sha256)) == 32
-        assert [store.sources.parse(source).spec for source in entry.sources] == list(entry.sources)
+        assert [sources.parse(source).spec for source in entry.sources] == list(entry.sources)
 
 
 # ---- names

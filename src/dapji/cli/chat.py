@@ -79,7 +79,6 @@ def command(
 
 def _fetched(name: str) -> Path:
     """The model's path; what the catalogue knows and the store lacks is fetched first."""
-    from dapji.cli.pull import TerminalProgress
     from dapji.errors import ModelNotFound
     from dapji.weights import catalogue, store
 
@@ -88,6 +87,8 @@ def _fetched(name: str) -> Path:
     except ModelNotFound:
         if catalogue.find(name) is None:
             raise
+        from dapji.cli.pull import TerminalProgress
+
         return store.pull(name, progress=TerminalProgress())
 
 

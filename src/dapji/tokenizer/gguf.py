@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import models, normalizers, pre_tokenizers
 
 from dapji.errors import TokenizerError
@@ -25,6 +26,8 @@ _MODELS = {
     "llama": "SentencePiece-BPE",
     "gemma4": "SentencePiece-BPE with written merges",
 }
+_Types = NDArray[Any]
+"""[number of tokens]: the type of each, one of _TYPES."""
 _TYPES = range(7)
 """0 is `undefined`; such tokens, and those of type `unused`, are never the outcome of encoding."""
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -60,12 +63,12 @@ class _Metadata:
         value = self._values.get(f"tokenizer.ggml.{key}")
         if value is None:
             raise TokenizerError(f"tokenizer.ggml.{key} is missing")
-        if not isinstance(value, list) or not all(isinstance(element, str) for element in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= {str}:
             raise TokenizerError(f"tokenizer.ggml.{key} is not an array of strings")
         return value
 
-    def numbers(self, key: str, length: int) -> list[Any] | None:
-        """One number for each token; None where the key is missing."""
+    def numbers(self, key: str, length: int) -> NDArray[Any] | None:
+        """[length], one number for each token; None where the key is missing."""
         value = self._values.get(f"tokenizer.ggml.{key}")
         if value is None:
             return None
@@ -77,7 +80,7 @@ class _Metadata:
             )
         if not np.isfinite(value).all():
             raise TokenizerError(f"tokenizer.ggml.{key} holds a number that is not finite")
-        return list(value.tolist())
+        return value
 
 
 def describe(values: Mapping[str, Any]) -> Description:
@@ -95,7 +98,8 @@ def describe(values: Mapping[str, Any]) -> Description:
     tokens = metadata.strings("tokens")
     types = metadata.numbers("token_type", len(tokens))
     if types is None:  # all of one kind, so only the spelling can tell what steers the model
-        types = [_USER_DEFINED if looks_like_control(token) else _NORMAL for token in tokens]
+        types = np.array([_USER_DEFINED if looks_like_control(token) else _NORMAL for token in tokens])
+    types = types.copy()  # `_mark_control` writes
     special = _special_ids(metadata, len(tokens), model)
     _check(tokens, types)
     _mark_control(tokens, types, special)
@@ -121,7 +125,7 @@ def describe(values: Mapping[str, Any]) -> Description:
         encoder=encoder,
         continuing_encoder=encoder,
         pieces=[token or None for token in tokens],
-        literal=frozenset(i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)),
+        literal=frozenset(_indices(types, _CONTROL, _UNKNOWN, _USER_DEFINED)),
         byte_level=model == "gpt2",
         space_prefix=space_prefix,
         control=control,
@@ -159,24 +163,30 @@ def _special_ids(metadata: _Metadata, n_tokens: int, model: str) -> dict[str, in
     return ids
 
 
-def _check(tokens: list[str], types: list[int]) -> None:
+def _check(tokens: list[str], types: _Types) -> None:
     """No spelling twice (ids could not be told apart), only the token types that ggml defines."""
-    if len({token for token in tokens if token}) != sum(map(bool, tokens)):
+    if len(set(tokens)) != len(tokens) - max(0, tokens.count("") - 1):
         twice = next(token for token, count in Counter(tokens).items() if token and count > 1)
         raise TokenizerError(f"tokenizer.ggml.tokens holds {twice!r} twice")
-    for i, kind in enumerate(types):
-        if kind not in _TYPES:
-            raise TokenizerError(f"tokenizer.ggml.token_type[{i}] is {kind}, it must be {min(_TYPES)} to {max(_TYPES)}")
+    unknown = np.flatnonzero(~np.isin(types, _TYPES))
+    if len(unknown):
+        i = unknown[0]
+        raise TokenizerError(f"tokenizer.ggml.token_type[{i}] is {types[i]}, it must be {min(_TYPES)} to {max(_TYPES)}")
 
 
-def _of_type(tokens: list[str], types: list[int], *kinds: int) -> dict[str, int]:
-    return {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in kinds and token}
+def _indices(types: _Types, *kinds: int) -> list[int]:
+    indices: list[int] = np.flatnonzero(np.isin(types, kinds)).tolist()
+    return indices
 
 
-def _mark_control(tokens: list[str], types: list[int], special: Mapping[str, int]) -> None:
+def _of_type(tokens: list[str], types: _Types, *kinds: int) -> dict[str, int]:
+    return {tokens[i]: i for i in _indices(types, *kinds) if tokens[i]}
+
+
+def _mark_control(tokens: list[str], types: _Types, special: Mapping[str, int]) -> None:
     """Set the type of tokens that steer the model but are typed otherwise: some converters took them for text."""
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == _USER_DEFINED and (token in END_TOKENS or looks_like_control(token)):
+    for i in _indices(types, _USER_DEFINED):
+        if tokens[i] in END_TOKENS or looks_like_control(tokens[i]):
             types[i] = _CONTROL
     for key in ("bos_token_id", *_END_IDS):
         if key in special:
@@ -184,22 +194,26 @@ def _mark_control(tokens: list[str], types: list[int], special: Mapping[str, int
 
 
 def _bpe(vocabulary: dict[str, int], merges: list[str], **options: bool) -> tokenizers.Tokenizer:
-    # The space that parts a pair is the first one after the first character: where a space is a token's own first
-    # character, byte-level BPE writes it as another letter, but a raw one may begin a pair of gemma4.
-    cuts = [merge.find(" ", 1) for merge in merges]
-    if -1 in cuts:
-        raise TokenizerError(f"tokenizer.ggml.merges[{cuts.index(-1)}] is no pair: {merges[cuts.index(-1)]!r}")
-    pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
-    for left, right in pairs:  # the library panics, which is no Exception, where a union is missing
-        if left + right not in vocabulary:
-            raise TokenizerError(f"tokenizer.ggml.merges joins {left!r} and {right!r}, but the union is no token")
+    pairs: list[Any] = [tuple(merge.split(" ", 1)) for merge in merges]
+    for i, pair in enumerate(pairs):
+        if len(pair) != 2 or not pair[0]:
+            # The space that parts a pair is the first one after the first character: where a space is a token's own
+            # first character, byte-level BPE writes it as another letter, but a raw one may begin a pair of gemma4.
+            cut = merges[i].find(" ", 1)
+            if cut == -1:
+                raise TokenizerError(f"tokenizer.ggml.merges[{i}] is no pair: {merges[i]!r}")
+            pairs[i] = (merges[i][:cut], merges[i][cut + 1 :])
+    # The library panics, which is no Exception, where a union is missing.
+    if not all(map(vocabulary.__contains__, map("".join, pairs))):
+        left, right = next(pair for pair in pairs if "".join(pair) not in vocabulary)
+        raise TokenizerError(f"tokenizer.ggml.merges joins {left!r} and {right!r}, but the union is no token")
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, **options))
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
 
 
-def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: PreTokenizer) -> tokenizers.Tokenizer:
+def _byte_level(tokens: list[str], types: _Types, merges: list[str], pre: PreTokenizer) -> tokenizers.Tokenizer:
     vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED)
     encoder = _bpe(vocabulary, merges, ignore_merges=pre.ignore_merges)
     if pre.nfc:
@@ -214,7 +228,7 @@ def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: Pre
 
 
 def _sentencepiece(
-    tokens: list[str], types: list[int], scores: list[float] | None, space_prefix: bool
+    tokens: list[str], types: _Types, scores: NDArray[Any] | None, space_prefix: bool
 ) -> tokenizers.Tokenizer:
     """SentencePiece-BPE always joins the neighbours whose union is the piece of the best score, leftmost first.
 
@@ -223,6 +237,7 @@ def _sentencepiece(
     if scores is None:
         raise TokenizerError("tokenizer.ggml.scores is missing")
     pieces = _of_type(tokens, types, _NORMAL)
+    score_of = scores.tolist()
     ranked: list[tuple[float, int, str, str]] = []
     for piece, i in pieces.items():
         if len(piece) > _MAX_PIECE:
@@ -230,7 +245,7 @@ def _sentencepiece(
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in pieces and right in pieces:
-                ranked.append((-scores[i], -cut, left, right))
+                ranked.append((-score_of[i], -cut, left, right))
     ranked.sort()
     vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED) | _bytes(tokens, types)
     encoder = tokenizers.Tokenizer(
@@ -241,7 +256,7 @@ def _sentencepiece(
     return encoder
 
 
-def _gemma4(tokens: list[str], types: list[int], merges: list[str]) -> tokenizers.Tokenizer:
+def _gemma4(tokens: list[str], types: _Types, merges: list[str]) -> tokenizers.Tokenizer:
     vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED) | _bytes(tokens, types)
     encoder = _bpe(vocabulary, merges, byte_fallback=True)
     encoder.normalizer = normalizers.Replace(" ", "▁")
@@ -249,7 +264,7 @@ def _gemma4(tokens: list[str], types: list[int], merges: list[str]) -> tokenizer
     return encoder
 
 
-def _bytes(tokens: list[str], types: list[int]) -> dict[str, int]:
+def _bytes(tokens: list[str], types: _Types) -> dict[str, int]:
     """The 256 tokens that stand for one byte each."""
     found = _of_type(tokens, types, _BYTE)
     wanted = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
 from importlib import resources
 
@@ -41,6 +40,8 @@ class _Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def entries() -> tuple[Entry, ...]:
+    import tomllib  # takes 2 ms; opening an installed model does not need it
+
     text = resources.files("dapji.weights").joinpath("catalogue.toml").read_text(encoding="utf-8")
     return msgspec.convert(tomllib.loads(text), _Catalogue).model
 

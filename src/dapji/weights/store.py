@@ -11,7 +11,6 @@ and of the outside world only what `sources` and the catalogue tell.
 from __future__ import annotations
 
 import datetime
-import difflib
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from dapji.errors import (
     UnavailableError,
     UsageError,
 )
-from dapji.weights import catalogue, sources
+from dapji.weights import catalogue
 from dapji.weights.sources_base import (
     FULL_ERRNOS,
     STORAGE_ERRNOS,
@@ -94,7 +93,7 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name and Path(name).expanduser().exists():
         return Path(name).expanduser()
-    record = read_record(_canonical(name))
+    record = read_record(name) or read_record(_canonical(name))  # the catalogue takes 4 ms to read
     if record is not None:
         return model_path(record)
     if (entry := catalogue.find(name)) is not None:
@@ -143,6 +142,8 @@ def pull(spec: str, *, name: str | None = None, progress: Progress | None = None
     suggests. Where that name is in the catalogue, the catalogue's sha256 must be met. Does nothing where the model is
     there already. Raises ModelNotFound, UsageError, DownloadError (IntegrityError).
     """
+    from dapji.weights import sources  # takes 9 ms with what they bring along, which only fetching needs
+
     progress = progress or Silent()
     entry = catalogue.find(spec)
     if entry is not None:
@@ -380,6 +381,8 @@ def _is_name(name: str) -> bool:
 
 
 def _not_found(message: str, name: str) -> ModelNotFound:
+    import difflib  # takes 1 ms
+
     known = [record.name for record in installed()]
     known += [n for entry in catalogue.entries() for n in (entry.name, *entry.aliases)]
     near = difflib.get_close_matches(name.lower(), dict.fromkeys(known), n=3, cutoff=0.5)
