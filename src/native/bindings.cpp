@@ -84,6 +84,16 @@ void pack_into(const std::string& format, std::int64_t rows, std::int64_t cols, 
   pack(parsed, rows, cols, from, rows_of, to);
 }
 
+// Where the next of `count` strings of a GGUF file ends: 8 bytes of length, then as many of text. Throws
+// std::invalid_argument where the data ends before.
+std::size_t string_end(const ConstPackedBytes& data, std::size_t at) {
+  std::uint64_t size = 0;
+  if (data.size() - at < 8) throw std::invalid_argument("the data ends in a string's length");
+  for (int i = 0; i < 8; ++i) size |= std::uint64_t{data.data()[at + i]} << 8 * i;
+  if (data.size() - at - 8 < size) throw std::invalid_argument("the data ends in a string");
+  return at + 8 + size;
+}
+
 // (panels, bias, output, kind, activation)
 using ProductTuple =
     std::tuple<std::shared_ptr<Panels>, std::optional<Floats>, int, std::string, std::string>;
@@ -205,6 +215,30 @@ NB_MODULE(_native, m) {
       },
       "n_bytes"_a);
   m.def("pack", &pack_into, "format"_a, "rows"_a, "cols"_a, "data"_a, "order"_a.none(), "out"_a.noconvert());
+  m.def(
+      "skip_strings",
+      [](const ConstPackedBytes& data, std::size_t count) {
+        std::size_t at = 0;
+        for (std::size_t i = 0; i < count; ++i) at = string_end(data, at);
+        return at;
+      },
+      "data"_a, "count"_a);
+  m.def(
+      "read_strings",
+      [](const ConstPackedBytes& data, std::size_t count) {
+        nb::list strings;
+        std::size_t at = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+          const std::size_t end = string_end(data, at);
+          const char* const text = reinterpret_cast<const char*>(data.data()) + at + 8;
+          PyObject* const string = PyUnicode_DecodeUTF8(text, static_cast<Py_ssize_t>(end - at - 8), nullptr);
+          if (string == nullptr) throw nb::python_error();
+          strings.append(nb::steal(string));
+          at = end;
+        }
+        return std::make_pair(strings, at);
+      },
+      "data"_a, "count"_a);
   m.def("linear", &linear, "isa"_a, "panels"_a, "x"_a, "y"_a.noconvert());
 
   nb::class_<Program>(m, "Program")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dapji.errors import FormatError
+from dapji.ops import native
 from dapji.ops.tensor import Tensor
 from dapji.weights.files import TensorToWrite
-from dapji.weights.gguf import parse_gguf, read_gguf, write_gguf
+from dapji.weights.gguf import _Cursor, parse_gguf, read_gguf, write_gguf
 from dapji.weights.safetensors import parse_safetensors
 
 HUGE = (2**31, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1)
@@ -166,6 +167,28 @@ def test_arrays_are_checked_when_they_are_decoded() -> None:
     file = parse_gguf(gguf((key(b"k", ARRAY, u32(7) + u64(2) + b"\1\3"),)), "m")
     with pytest.raises(FormatError, match="a bool is 0 or 1, not 3"):
         file.metadata["k"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9])
+def test_strings_are_read_alike_with_and_without_the_native_core(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way and the slow one, on strings that are whole, cut or no UTF-8, from the middle of a buffer."""
+    texts = ["", "a", "답지", "\0", "x" * 300, "🎉"]
+    whole = b"".join(text(one.encode()) for one in texts)
+    arrays = [whole, text(b"ok") + text(b"\xc3") + text(b"z"), u64(2**63) + b"ab"]
+    for data, count in zip(arrays, (len(texts), 3, 1), strict=True):
+        found = []
+        for available in (True, False):
+            monkeypatch.setattr(native, "available", lambda available=available: available)
+            read, skipped = (_Cursor("m", memoryview(b"head" + data)[: len(data) + 4 - cut]) for _ in range(2))
+            read.position = skipped.position = 4
+            try:
+                skipped.skip_strings(count)
+                found.append((read.strings(count), read.position, skipped.position))
+            except FormatError as error:
+                found.append(error.message)
+        assert found[0] == found[1]
+        if data is whole and not cut:
+            assert found[0] == (texts, len(data) + 4, len(data) + 4)
 
 
 def memory_of(parse: Callable[[], object]) -> int:

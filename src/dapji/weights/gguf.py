@@ -12,6 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.errors import FormatError
+from dapji.ops import native
 from dapji.ops.formats import FORMATS
 from dapji.weights.files import (
     MAX_TENSORS,
@@ -207,6 +209,11 @@ class _Cursor:
         return raw.copy().view(_SCALARS[type])
 
     def strings(self, count: int) -> list[str]:
+        if native.available():
+            with suppress(ValueError):  # not as they should be: the loop below says which one
+                read: tuple[list[str], int] = native.module().read_strings(self.buffer[self.position :], count)
+                self.position += read[1]
+                return read[0]
         # A vocabulary has 50,000 to 300,000 strings: one tight loop over bytes, whose bounds skip() has checked.
         raw = bytes(self.buffer[self.position :])
         size_at = _U64.unpack_from
@@ -239,6 +246,10 @@ class _Cursor:
                 self.need(count * _SIZES[element], "array")
 
     def skip_strings(self, count: int) -> None:
+        if native.available():
+            with suppress(ValueError):
+                self.position += native.module().skip_strings(self.buffer[self.position :], count)
+                return
         buffer, position, size_at = self.buffer, self.position, _U64.unpack_from
         try:
             for _ in range(count):
