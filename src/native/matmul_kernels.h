@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kStretch = 16;        // blocks of a panel that are unpacked at a time, at most
 constexpr int kChunk = 768;         // tokens that share one unpacking, at most
-constexpr size_t kPrefetch = 4096;  // bytes ahead of what a kernel reads of a panel
+constexpr size_t kPrefetch = 3072;  // bytes ahead of what a kernel reads of a panel
 
 // Tokens that share one unpacking: as many as the second-level cache holds the codes of, in whole tiles of any size.
 constexpr int64_t chunk_of(int64_t cols) {
@@ -426,6 +426,15 @@ DAPJI_INLINE void add_block(const Block* w, const Activations& x, const Sums& pr
   }
 }
 
+// Asks for as much as a block takes, further on in the panel. Into the second-level cache: the first one's few buffers for
+// lines on their way would be full, and the loads between would wait.
+template <Format format>
+DAPJI_INLINE void prefetch_block(const uint8_t* unit, int block) {
+  constexpr int bytes = layout(format).unit_bytes() / layout(format).blocks;
+  const uint8_t* const from = unit + kPrefetch + block * bytes;
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
 // A finished vector of 16 rows of panel p on its way to y, the token's row.
 template <class S>
 DAPJI_INLINE void finish(typename S::F r, const PanelsView& w, int64_t p, const Epilogue& e, float* y) {
@@ -455,8 +464,8 @@ DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t to
     for (int t = 0; t < T; ++t) sum[0][t] = S::zero();
     Activations a(x, token);  // of the only tile
     for (int64_t u = 0; u < units; ++u, unit += l.unit_bytes()) {
-      for (int at = 0; at < l.unit_bytes(); at += 64) __builtin_prefetch(unit + kPrefetch + at);
       for (int b = 0; b < l.blocks; ++b) {
+        prefetch_block<format>(unit, b);
         const Packed<S, format> block{unit, b};
         add_block<S>(&block, a, Products<S, 1, T, Packed<S, format>>{&block, a}, sum);
         a.next_block(x.tile);
@@ -598,9 +607,9 @@ void some_panels(const PanelsView& w, const Quantized& x, int64_t tokens, int64_
       for (int b = 0; b < n; ++b) {
         const int64_t block = first_block + b;
         const uint8_t* const unit = panel + block / l.blocks * l.unit_bytes();
-        for (int at = 0; at < l.unit_bytes() / l.blocks; at += 64) __builtin_prefetch(unit + kPrefetch + at);
-        Block::store(Packed<S, format>{unit, static_cast<int>(block % l.blocks)},
-                     scratch + (r * kStretch + b) * Block::bytes);
+        const int in_unit = static_cast<int>(block % l.blocks);
+        prefetch_block<format>(unit, in_unit);
+        Block::store(Packed<S, format>{unit, in_unit}, scratch + (r * kStretch + b) * Block::bytes);
       }
     }
     const Stretch s{scratch,  n, first_block, stretch == 0, stretch == n_stretches - 1, partials, x,
