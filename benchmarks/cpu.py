@@ -5,10 +5,11 @@
     python benchmarks/cpu.py --only lengths --lengths 512 4096
     python benchmarks/cpu.py --draw                            measures nothing: tables and plots from the results
 
-speed: prompts of 512 tokens and answers of 64, beside what the machine allows. lengths: prompts of 128 to 8,192 tokens,
-the answer behind each, and the most memory that either program held. A model is a name of `dapji list`, such a name and
-a format ("smollm2-135m Q8_0": made by `dapji quantize`), "llama-3.1-8b" (random weights in its shape, 4.9 GB), or
-a GGUF file. What is made lies in build/models and may be deleted.
+speed: prompts of 512 tokens and answers of 64, beside what the machine allows. vectors: the same on a processor with
+AMX, without it, as on one that has AVX-512 VNNI alone. lengths: prompts of 128 to 8,192 tokens, the answer behind each,
+and the most memory that either program held. A model is a name of `dapji list`, such a name and a format
+("smollm2-135m Q8_0": made by `dapji quantize`), "llama-3.1-8b" (random weights in its shape, 4.9 GB), or a GGUF file.
+What is made lies in build/models and may be deleted.
 
 The two run in turn, each in a process of its own, so that whatever else the machine does hits both; medians are
 compared. Results are kept in benchmarks/data/cpu.json, and written into docs/performance.md from there. Without the
@@ -83,15 +84,16 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[Any, int]:
     return json.loads(output), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_dapji(module: str, *arguments: object) -> tuple[Any, int]:
-    return run([sys.executable, *module.split(), *map(str, arguments)], dict(os.environ))
+def run_dapji(module: str, *arguments: object, isa: str | None = None) -> tuple[Any, int]:
+    environment = dict(os.environ) | ({} if isa is None else {"DAPJI_ISA": isa})
+    return run([sys.executable, *module.split(), *map(str, arguments)], environment)
 
 
 class Peer:
     """llama-bench on one file."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.command = [str(peer.require("llama-bench")), "-m", str(path), "-t", str(threads), "-o", "json"]
+    def __init__(self, path: Path, threads: int, variant: str = "") -> None:
+        self.command = [str(peer.require("llama-bench", variant)), "-m", str(path), "-t", str(threads), "-o", "json"]
 
     def rate(
         self, *, prompt: int = 0, decode: int = 0, depth: int = 0, flags: tuple[int, int, int], repeats: int = 1
@@ -113,16 +115,17 @@ def named(flags: tuple[int, int, int]) -> str:
     return "repack {}, tiled {}, flash {}".format(*flags)
 
 
-def measure_speed(name: str, path: Path, threads: int) -> Results:
+def measure_speed(name: str, path: Path, threads: int, *, amx: bool = True) -> Results:
     large = path.stat().st_size > LARGE
     rounds, repeats, decode = (2, 1, 16) if large else (3, 3, DECODE)
-    other = Peer(path, threads)
+    other = Peer(path, threads, "" if amx else peer.WITHOUT_AMX)
     best_prompt, best_decode = other.best(prompt=128), other.best(decode=8 if large else 32)
     bench = ["-m dapji bench", path, "--json", "--prompt", PROMPT, "--decode", decode]
     ours, prompts, decodes = [], [], []
     for round in range(rounds):
         print(f"speed: {name}: round {round + 1} of {rounds}", file=sys.stderr)
-        ours.append(run_dapji(*bench, "--threads", threads, "--repeats", repeats)[0])
+        isa = None if amx else "avx512vnni"
+        ours.append(run_dapji(*bench, "--threads", threads, "--repeats", repeats, isa=isa)[0])
         prompts.append(other.rate(prompt=PROMPT, flags=best_prompt, repeats=repeats)[0])
         decodes.append(other.rate(decode=decode, flags=best_decode, repeats=repeats)[0])
     files = open_files(path)
@@ -197,13 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="default: those of the document")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", choices=["speed", "lengths"], help="one of the two parts")
+    parser.add_argument("--only", choices=["speed", "vectors", "lengths"], help="one of the parts")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the prompts")
     parser.add_argument("--draw", action="store_true", help="tables and plots from the results so far")
     arguments = parser.parse_args()
 
     data = cpu_figures.DATA
-    results: Results = json.loads(data.read_text()) if data.exists() else {"speed": {}, "lengths": {}}
+    results: Results = json.loads(data.read_text()) if data.exists() else {"speed": {}, "vectors": {}, "lengths": {}}
 
     def measure(part: str, name: str, measured: Callable[[Path], Results]) -> None:
         results[part][name] = measured(find_model(name))
@@ -213,10 +216,13 @@ def main() -> None:
 
     if not arguments.draw:
         threads = arguments.threads
-        if arguments.only != "lengths":
+        if arguments.only in (None, "speed"):
             for name in arguments.models or SPEED:
                 measure("speed", name, lambda path, name=name: measure_speed(name, path, threads))
-        if arguments.only != "speed":
+        if arguments.only == "vectors" or (arguments.only is None and peer.has_amx()):
+            for name in arguments.models or SPEED:
+                measure("vectors", name, lambda path, name=name: measure_speed(name, path, threads, amx=False))
+        if arguments.only in (None, "lengths"):
             for name in arguments.models or LENGTHS_OF:
                 done = results["lengths"].get(name, {})
                 measure(

@@ -15,10 +15,12 @@ Results = Mapping[str, Any]
 
 
 def draw(results: Results) -> None:
-    """Replace the sections speed and lengths, and their plots; what has not been measured stays."""
+    """Replace the sections speed, vectors and lengths, and their plots; what has not been measured stays."""
     if results["speed"]:
         replace_section(DOCUMENT, "speed", f"{_speed(results['speed'])}\n\n{_bytes(results['speed'])}")
         _roofline(results["speed"])
+    if results.get("vectors"):
+        replace_section(DOCUMENT, "vectors", _speed(results["vectors"]))
     if results["lengths"]:
         replace_section(DOCUMENT, "lengths", _lengths(results["lengths"]))
         for part, file, unit, scale in (

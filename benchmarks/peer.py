@@ -1,6 +1,6 @@
 """llama.cpp, the peer that Dapji is measured beside: builds it from its own sources, finds its programs.
 
-    python benchmarks/peer.py        builds once, into build/llama.cpp (some 25 minutes on two cores)
+    python benchmarks/peer.py        builds once, into build/llama.cpp (10 to 25 minutes on two cores)
 
 The sources are those in llama-cpp-python's archive, pinned by hash in tests/oracles.py. LLAMA_CPP names a folder with
 these programs of another build.
@@ -12,26 +12,48 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
+
+from dapji.evaluation.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 import oracles  # noqa: E402
 
 BUILD = ROOT / "build" / "llama.cpp"
+WITHOUT_AMX = "-without-amx"
+"""Variant for measuring the vector instructions alone on a processor with AMX."""
 PROGRAMS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-server")
 FLAGS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_UI=OFF")
 
 
-def find(program: str) -> Path | None:
+def compiler_flags(variant: str) -> str:
+    """Beside llama.cpp's own.
+
+    gcc 12 takes what the AMX kernels store in the tiles' configuration for unused and leaves it out, and they crash.
+    """
+    if variant == WITHOUT_AMX:
+        return "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    return "-fno-tree-dse -fno-dse" if has_amx() else ""
+
+
+def has_amx() -> bool:
+    return "amx_int8" in (describe_machine().features or ())
+
+
+def find(program: str, variant: str = "") -> Path | None:
     """The program's path; None where the peer has not been built."""
-    path = Path(os.environ.get("LLAMA_CPP", BUILD / "bin")) / program
+    folder = Path(f"{BUILD}{variant}/bin")
+    if variant == "" and "LLAMA_CPP" in os.environ:
+        folder = Path(os.environ["LLAMA_CPP"])
+    path = folder / program
     return path if path.exists() else None
 
 
-def require(program: str) -> Path:
+def require(program: str, variant: str = "") -> Path:
     """As `find`; ends the script where it is missing."""
-    path = find(program)
+    path = find(program, variant)
     if path is None:
         raise SystemExit(f"{program} is not built; `python benchmarks/peer.py` builds it, or set LLAMA_CPP")
     return path
@@ -45,19 +67,25 @@ def version() -> str:
     return lines[0].strip() if lines else f"of {oracles.PACKAGE} {oracles.VERSION}"
 
 
-def build() -> None:
+def build(variant: str) -> None:
     source = BUILD / "source"
     if not source.exists():
-        source.mkdir(parents=True)
-        with tarfile.open(oracles.download(BUILD)) as archive:
-            archive.extractall(source, filter="data")
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as name:
+            with tarfile.open(oracles.download(Path(name))) as archive:
+                archive.extractall(Path(name) / "source", filter="data")
+            (Path(name) / "source").rename(source)
     (project,) = source.glob("*/vendor/llama.cpp")
-    subprocess.run(["cmake", "-S", project, "-B", BUILD, *FLAGS], check=True)
-    subprocess.run(["cmake", "--build", BUILD, "--parallel", "--target", *PROGRAMS], check=True)
+    folder = f"{BUILD}{variant}"
+    flags = [f"-DCMAKE_{language}_FLAGS={compiler_flags(variant)}" for language in ("C", "CXX")]
+    subprocess.run(["cmake", "-S", project, "-B", folder, *FLAGS, *flags], check=True)
+    jobs = str(len(os.sched_getaffinity(0)))
+    subprocess.run(["cmake", "--build", folder, "--parallel", jobs, "--target", *PROGRAMS], check=True)
 
 
 if __name__ == "__main__":
-    if all(find(program) for program in PROGRAMS):
-        print(f"built already: {version()}")
-    else:
-        build()
+    for variant in ("", WITHOUT_AMX) if has_amx() else ("",):
+        if all(find(program, variant) for program in PROGRAMS):
+            print(f"built already: {version()}")
+        else:
+            build(variant)
