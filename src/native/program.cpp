@@ -10,7 +10,8 @@
 namespace dapji {
 namespace {
 
-constexpr int kSharesPerWorker = 12;  // of a linear operation on many rows, taken in turn
+constexpr int kSharesPerWorker = 12;  // of a linear operation on many rows
+constexpr int kRowsApart = 96;        // so many rows of their own, and workers do not share a product's rows
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -217,10 +218,10 @@ void Program::prepare(const BatchView& batch) {
   }
   if (n_counters_ != operations_.size()) {
     n_counters_ = operations_.size();
-    next_.reset(new std::atomic<int>[2 * n_counters_]);
+    next_.reset(new std::atomic<int>[2 * n_counters_ * pool_->size()]);
     times_.assign(n_counters_, 0);
   }
-  for (std::size_t i = 0; i < 2 * n_counters_; ++i) next_[i].store(0, std::memory_order_relaxed);
+  for (std::size_t i = 0; i < 2 * n_counters_ * pool_->size(); ++i) next_[i].store(0, std::memory_order_relaxed);
 
   single_ = batch.n_tokens == batch.n_sequences;
   tiles_.clear();
@@ -307,33 +308,55 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
 
   if (few) {
     prepare_rows(0, n);
-    for (const Range& range : op.fair[worker]) multiply(op, range, quantized, op.norm ? normed : x, mine);
+    for (const Range& range : op.fair[worker]) multiply(op, range, {0, n}, quantized, op.norm ? normed : x, mine);
     return;
   }
   constexpr int kTogether = 16;
   if (op.norm || op.quantized) {
-    for (int from; (from = next_[2 * index].fetch_add(kTogether, std::memory_order_relaxed)) < n;) {
-      prepare_rows(from, std::min(n, from + kTogether));
+    for (int i; (i = take(index, 0, worker, (n + kTogether - 1) / kTogether)) >= 0;) {
+      prepare_rows(i * kTogether, std::min(n, (i + 1) * kTogether));
     }
     pool_->barrier();
   }
-  const int n_chunks = static_cast<int>(op.chunks.size());
-  for (int i; (i = next_[2 * index + 1].fetch_add(1, std::memory_order_relaxed)) < n_chunks;) {
-    multiply(op, op.chunks[i], quantized, op.norm ? normed : x, mine);
+  // Rows apart, so that what a worker wrote to its caches it reads from there; all panels pass by each group of rows.
+  const int n_chunks = static_cast<int>(op.chunks.size()), tile = kernels_.matmul.many_tile;
+  const int n_tiles = (n + tile - 1) / tile;
+  const int groups = std::clamp(n / kRowsApart, 1, static_cast<int>(pool_->size()));
+  for (int i; (i = take(index, 1, worker, groups * n_chunks)) >= 0;) {
+    const int group = i / n_chunks;
+    const int from = n_tiles * group / groups * tile, to = std::min(n, n_tiles * (group + 1) / groups * tile);
+    multiply(op, op.chunks[i % n_chunks], {from, to}, quantized, op.norm ? normed : x, mine);
   }
 }
 
-void Program::multiply(const Linear& op, const Range& range, const Quantized& quantized, const float* x, Worker& mine) {
+int Program::take(std::size_t index, int phase, unsigned worker, int n) {
+  const int size = static_cast<int>(pool_->size());
+  for (int k = 0; k < size; ++k) {
+    const int owner = (static_cast<int>(worker) + k) % size;
+    const int from = n * owner / size, count = n * (owner + 1) / size - from;
+    std::atomic<int>& next = next_[(2 * index + static_cast<std::size_t>(phase)) * pool_->size() + owner];
+    if (next.load(std::memory_order_relaxed) >= count) continue;
+    const int i = next.fetch_add(1, std::memory_order_relaxed);
+    if (i < count) return from + i;
+  }
+  return -1;
+}
+
+void Program::multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized,
+                       const float* x, Worker& mine) {
+  const int n = rows.to - rows.from;
+  const auto ldx = static_cast<std::size_t>(op.cols);
   for (int i = range.product; i <= range.product + (op.gated ? 1 : 0); ++i) {
     const Product& product = op.products[i];
     const PanelsView& w = product.panels->view();
     const Epilogue epilogue{product.kind, product.activation, product.bias.empty() ? nullptr : product.bias.data()};
-    float* const y = product.output == kLogits ? logits_ : row(product.output, 0);
     const std::size_t ldy = static_cast<std::size_t>(width(product.output));
+    float* const y = (product.output == kLogits ? logits_ : row(product.output, 0)) + rows.from * ldy;
     if (is_float(w.format)) {
-      kernels_.matmul.linear_f(w, x, static_cast<std::size_t>(op.cols), n_rows_, range.from, range.to, y, ldy, epilogue);
+      kernels_.matmul.linear_f(w, x + rows.from * ldx, ldx, n, range.from, range.to, y, ldy, epilogue);
     } else {
-      kernels_.matmul.linear_q(w, quantized, n_rows_, range.from, range.to, y, ldy, epilogue, mine.matmul.data());
+      kernels_.matmul.linear_q(w, quantized.from(rows.from), n, range.from, range.to, y, ldy, epilogue,
+                               mine.matmul.data());
     }
   }
 }
@@ -391,7 +414,7 @@ void Program::run(const Attend& op, std::size_t index, unsigned worker) {
     pool_->barrier();
     const int n_items = static_cast<int>(tiles_.size()) * op.n_kv_heads;
     // From the end: the last tiles of a prompt see most keys, and the longest work should begin first.
-    for (int i; (i = next_[2 * index].fetch_add(1, std::memory_order_relaxed)) < n_items;) {
+    for (int i; (i = next_[2 * index * pool_->size()].fetch_add(1, std::memory_order_relaxed)) < n_items;) {
       const TokenRange& tile = tiles_[tiles_.size() - 1 - static_cast<std::size_t>(i / op.n_kv_heads)];
       kernels_.rows.attend(item(tile.sequence, tile.first, tile.n, i % op.n_kv_heads), mine.attention.data());
     }

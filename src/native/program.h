@@ -127,7 +127,7 @@ class Program {
     bool gated;                            // products are (gate, up) of one output
     bool quantized, floating;              // which forms of the input the products want
     std::vector<std::vector<Range>> fair;  // per worker: equal shares of the bytes, for few rows
-    std::vector<Range> chunks;             // small shares taken in turn, for many rows
+    std::vector<Range> chunks;             // small shares, for many rows
   };
   struct Attend {
     int q, k, v, output, layer;
@@ -152,6 +152,9 @@ class Program {
   struct Worker {
     Scratch matmul, attention, normed, quantized;
   };
+  struct Rows {
+    int from, to;
+  };
   struct TokenRange {  // consecutive tokens of one sequence
     int sequence, first, n;
   };
@@ -169,7 +172,11 @@ class Program {
   void run(const Linear& op, std::size_t index, unsigned worker);
   void run(const Attend& op, std::size_t index, unsigned worker);
   void run(const Select& op, std::size_t index, unsigned worker);
-  void multiply(const Linear& op, const Range& range, const Quantized& quantized, const float* x,
+  // The next of n items of a phase (0, 1) of the operation at `index`: a worker's own share of them first, then what the
+  // others have not begun; -1: none is left.
+  int take(std::size_t index, int phase, unsigned worker, int n);
+  // rows.from: a multiple of the tile of `quantized`.
+  void multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized, const float* x,
                 Worker& mine);
   KvView kv_view(const Attend& op, int sequence, int head);
   void write_kv(const Attend& op, int sequence, int token, int head, Worker& mine);
@@ -205,7 +212,7 @@ class Program {
   std::vector<Segments> segments_;   // per sequence, where single_
   int n_partials_ = 0;
   Scratch quantized_, normed_, partials_;
-  std::unique_ptr<std::atomic<int>[]> next_;  // per operation (two): next share to take
+  std::unique_ptr<std::atomic<int>[]> next_;  // per operation, phase (two) and worker: items taken; see take
   std::size_t n_counters_ = 0;
   std::vector<std::uint64_t> written_;        // per block: step in which it was written last
   std::uint64_t n_steps_ = 0;
