@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -239,6 +240,36 @@ def test_what_a_killed_process_left_is_not_used_and_goes_in_time(
     assert panel_cache.sweep() > 0
     assert not left.exists()
     assert [entry.current for entry in panel_cache.entries()] == [True]
+
+
+def test_an_interrupt_gives_up_writing(path: Path, folder: Path) -> None:
+    """Of a file that would take half a minute."""
+    code = f"""
+import contextlib, time, dapji
+from dapji.weights import panel_cache
+
+class Slow:
+    def __init__(self, file):
+        self.seek = file.seek
+    def write(self, data):
+        time.sleep(0.05)
+
+replacing = panel_cache.replacing
+
+@contextlib.contextmanager
+def slowly(path):
+    with replacing(path) as file:
+        yield Slow(file)
+
+panel_cache.replacing, panel_cache._CHUNK, panel_cache._PATIENCE = slowly, 4096, 0.1
+dapji.load({str(path)!r}).close()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == "writing packed weights for the next start; Ctrl-C leaves it\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.read().endswith("KeyboardInterrupt\n")
+    assert list(folder.iterdir()) == []
 
 
 def no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,13 @@ pages and maps it as such, so that it is read as fast as memory of our own."""
 _SAMPLED = 1 << 20
 """64 in so many bytes are checked at every start, which finds large parts that never reached the disk."""
 _PATIENCE = 1.0
-"""Seconds before writing begins: the first token comes before it."""
+"""Seconds before writing begins, since the first token should come first, and before closing says why it waits."""
 _STALE_SECONDS = 3600.0
 """A file that is being written is no older; one that is was left behind."""
+
+
+class _GivenUp(Exception):
+    """Nobody waits for the file any more."""
 
 
 class _Matrix(msgspec.Struct, frozen=True, array_like=True):
@@ -98,8 +102,10 @@ class PanelCache:
         self._model = model
         self._sources = [(str(source.path.absolute()), list(source.stamp)) for source in sources]
         self._version = version
-        self._writer: Thread | None = None
         self._closing = Event()
+        self._idle = Event()  # and not Thread.join: interrupted, that takes the thread for ended (Python 3.11)
+        self._idle.set()
+        self._given_up = False
 
     @staticmethod
     def of(checkpoint: Checkpoint, version: int) -> PanelCache | None:
@@ -141,16 +147,34 @@ class PanelCache:
         Unless a source has changed since it was opened, so that nobody knows of which version they are.
         """
         if all(_is_current(path, stamp) for path, stamp in self._sources):
-            self._writer = Thread(target=self._write, args=(_described(matrices), packed), name="dapji-panel-cache")
-            self._writer.start()
+            self._idle.clear()
+            Thread(target=self._write, args=(_described(matrices), packed), name="dapji-panel-cache").start()
 
     def close(self) -> None:
-        """Waits until what is being kept has been written, now without pauses."""
+        """Waits until what is being kept has been written, now without pauses; KeyboardInterrupt gives it up."""
         self._closing.set()
-        if self._writer is not None:
-            self._writer.join()
+        try:
+            if not self._idle.wait(_PATIENCE):
+                _warn("writing packed weights for the next start; Ctrl-C leaves it")
+                self._idle.wait()
+        except KeyboardInterrupt:
+            self._given_up = True
+            self._idle.wait()
+            raise
 
     def _write(self, matrices: list[_Matrix], packed: Bytes) -> None:
+        try:
+            self._write_file(matrices, packed)
+        except _GivenUp:
+            pass
+        except (OSError, UsageError) as error:
+            _warn(
+                f"packed weights are not kept for the next start: {error} (DAPJI_CACHE names another folder, or is off)"
+            )
+        finally:
+            self._idle.set()
+
+    def _write_file(self, matrices: list[_Matrix], packed: Bytes) -> None:
         header = _Header(
             model=str(self._model),
             sources=self._sources,
@@ -161,27 +185,21 @@ class PanelCache:
         encoded = msgspec.json.encode(header)
         head = _HEAD.pack(_MAGIC, self._version, len(encoded), zlib.crc32(encoded)) + encoded
         where = self._path.parent
-        try:
-            where.mkdir(parents=True, exist_ok=True)
-            sweep()
-            if shutil.disk_usage(where).free < 2 * packed.nbytes:
-                raise UsageError(f"{where} has too little room for {human_size(packed.nbytes)} more")
-            with replacing(self._path) as file:
-                file.write(head)
-                file.seek(_aligned(len(head)))
-                pause = _PATIENCE
-                for at in range(0, packed.nbytes, _CHUNK):
-                    self._closing.wait(pause)
-                    begin = perf_counter()
-                    file.write(packed[at : at + _CHUNK].data)
-                    pause = 3 * (perf_counter() - begin)
-        except (OSError, UsageError) as error:
-            import logging  # takes 2 ms, and this is rare
-
-            logging.getLogger("dapji").warning(
-                "packed weights are not kept for the next start: %s (DAPJI_CACHE names another folder, or is off)",
-                error,
-            )
+        where.mkdir(parents=True, exist_ok=True)
+        sweep()
+        if shutil.disk_usage(where).free < 2 * packed.nbytes:
+            raise UsageError(f"{where} has too little room for {human_size(packed.nbytes)} more")
+        with replacing(self._path) as file:
+            file.write(head)
+            file.seek(_aligned(len(head)))
+            pause = _PATIENCE
+            for at in range(0, packed.nbytes, _CHUNK):
+                self._closing.wait(pause)
+                if self._given_up:
+                    raise _GivenUp
+                begin = perf_counter()
+                file.write(packed[at : at + _CHUNK].data)
+                pause = 3 * (perf_counter() - begin)
 
 
 def entries() -> list[Entry]:
@@ -224,6 +242,12 @@ def sweep() -> int:
             if time() - path.stat().st_mtime > _STALE_SECONDS:
                 freed += _delete(path)
     return freed
+
+
+def _warn(message: str) -> None:
+    import logging  # takes 2 ms, and this is rare
+
+    logging.getLogger("dapji").warning(message)
 
 
 def _file_name(model: Path) -> str:
