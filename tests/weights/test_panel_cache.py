@@ -101,6 +101,15 @@ def test_the_second_start_packs_nothing_and_computes_the_same(
     assert entry.size == entry.path.stat().st_size > path.stat().st_size
 
 
+@pytest.mark.parametrize("huge", [True, False])
+def test_mapped_or_copied_it_is_the_same(
+    huge: bool, path: Path, folder: Path, wanted: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits(path)
+    monkeypatch.setattr(panel_cache, "_in_huge_pages", lambda packed: huge)
+    np.testing.assert_array_equal(logits(path), wanted)
+
+
 def test_off_means_that_nothing_is_kept(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAPJI_CACHE", "off")
     logits(path)

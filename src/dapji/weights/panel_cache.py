@@ -1,4 +1,4 @@
-"""`PanelCache`: a model's packed matrices in a file, mapped at the next start instead of packed again (docs/panels.md).
+"""`PanelCache`: a model's packed matrices in a file that the next start maps instead of packing again (docs/panels.md).
 
 One file for each model that was opened, in `folder()`. It names the files that it was packed from by what changes when
 they change (`files.stamp_of`); whatever does not fit is packed anew and replaces it. A cache is never needed: where it
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.errors import FormatError, ModelNotFound, UsageError
+from dapji.ops import native
 from dapji.ops.tensor import Tensor
 from dapji.weights import store
 from dapji.weights.checkpoint import Checkpoint
@@ -119,7 +120,10 @@ class PanelCache:
         return PanelCache(where / _file_name(model), model, sources, version)
 
     def read(self, matrices: Sequence[Tensor], n_bytes: int) -> Bytes | None:
-        """What was kept of just these matrices, mapped; None where that is not there. Removes a broken file."""
+        """What was kept of just these matrices; None where that is not there. Removes a broken file.
+
+        Mapped where the system keeps the file in huge pages, else copied into such.
+        """
         try:
             mapped = map_file(self._path)
             version, header, start = _read_header(self._path, mapped)
@@ -139,7 +143,7 @@ class PanelCache:
             return None
         with suppress(OSError):  # a folder that may only be read
             os.utime(self._path)  # its last use
-        return packed
+        return packed if _in_huge_pages(packed) else _copied(packed)
 
     def keep(self, matrices: Sequence[Tensor], packed: Bytes) -> None:
         """Write these bytes, which stay as they are, on a thread of its own, with pauses: answers do not wait for it.
@@ -287,6 +291,35 @@ def _samples(packed: Bytes) -> int:
     for at in range(0, len(packed), _SAMPLED):
         checksum = zlib.crc32(packed[at : at + 64].data, checksum)
     return checksum
+
+
+def _in_huge_pages(packed: Bytes) -> bool:
+    """Whether nine tenths of the map are; `_samples` has touched them all. False where the system does not tell."""
+    address = packed.__array_interface__["data"][0]
+    inside = False
+    with suppress(OSError), Path("/proc/self/smaps").open("rb") as lines:
+        for line in lines:
+            key, value = line.split(maxsplit=1)
+            if not key.endswith(b":"):
+                start, end = (int(part, 16) for part in key.split(b"-"))
+                inside = start <= address < end
+            elif inside and key == b"FilePmdMapped:":
+                return int(value.split()[0]) << 10 >= 0.9 * len(packed)
+    return False
+
+
+def _copied(packed: Bytes) -> Bytes:
+    memory: Bytes = native.module().allocate_panels(len(packed))
+    size = -(-len(packed) // native.default_threads())
+    threads = [
+        Thread(target=np.copyto, args=(memory[at : at + size], packed[at : at + size]))
+        for at in range(0, len(packed), size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return memory
 
 
 def _aligned(size: int) -> int:
