@@ -10,7 +10,7 @@ llama-server it is that until the first piece of the same answer arrives over HT
 again from the start on. It first tries its flags (weights repacked or not, a warming-up run or none), and takes part
 with the best. Neither a shell nor compiling our Python files counts: a start that does not count writes their bytecode.
 
-The parts of a later start are measured by a process that takes the same steps one by one.
+The parts of a later start are those of benchmarks/start_parts.py, which takes the same steps one by one.
 
 Programs take turns; medians of the rounds are compared. Results are kept in benchmarks/data/start.json, and written
 into docs/performance.md from there. Wants the peer: benchmarks/peer.py.
@@ -19,7 +19,6 @@ into docs/performance.md from there. Wants the peer: benchmarks/peer.py.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -118,50 +117,8 @@ def bare_python() -> float:
         return perf_counter() - start
 
 
-def parts(model: str) -> dict[str, float]:
-    """Seconds of each part of a start, in this process, which has imported nothing of ours yet."""
-    gc.set_threshold(100_000)  # as the command line does
-    seconds: dict[str, float] = {}
-    last = perf_counter()
-
-    def end(part: str) -> None:
-        nonlocal last
-        now = perf_counter()
-        seconds[part] = now - last
-        last = now
-
-    import numpy  # noqa: F401
-
-    end("importing numpy")
-    from dapji.cli.main import main  # noqa: F401 only to import what a command does
-
-    end("importing click and the command line")
-    from dapji import model as loading
-    from dapji.models import native_executor  # noqa: F401
-    from dapji.ops import native
-
-    end("importing the rest of Dapji")
-    import dapji.chat  # noqa: F401
-
-    end("importing jinja2")
-    files = loading.open_files(model)
-    end("reading the file's header")
-    tokenizer = files.tokenizer()
-    end("making the tokenizer")
-    cache = loading.PanelCache.of(files.checkpoint, native.panels_version())
-    context = min(files.config.max_context, loading.DEFAULT_CONTEXT)
-    executor = loading.open_executor("native", files.config, files.tensors, context=context, cache=cache)
-    end("mapping the weights, recording the decoder")
-    with loading.Model(files, tokenizer, executor) as opened:
-        prompt = opened.template.prompt([{"role": "user", "content": QUESTION}])
-        end("template and prompt")
-        next(opened._reply(prompt, {"max_tokens": 1, "temperature": 0}, continuation=False))
-        end("first token")
-    return seconds
-
-
 def run_parts(model: str, cache: str) -> dict[str, float]:
-    command = [sys.executable, __file__, model, "--parts"]
+    command = [sys.executable, Path(__file__).with_name("start_parts.py"), model, QUESTION]
     result: dict[str, float] = json.loads(subprocess.check_output(command, env=environment(cache)))
     return result
 
@@ -223,12 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="the results so far on stdout; writes no document")
     parser.add_argument("--draw", action="store_true", help="the tables from the results so far")
-    parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)  # for a process of its own
     arguments = parser.parse_args()
-    if arguments.parts:
-        print(json.dumps(parts(*arguments.models)))
-        return
-
     results: Results = json.loads(DATA.read_text()) if DATA.exists() else {}
     for name in [] if arguments.draw else arguments.models:
         results[name] = measure(name, arguments.rounds)
