@@ -16,6 +16,7 @@
 
 #include "isa.h"
 #include "machine.h"
+#include "memory.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -209,7 +210,7 @@ NB_MODULE(_native, m) {
   m.def(
       "allocate_panels",
       [](std::size_t n_bytes) {
-        auto* const memory = new std::shared_ptr<std::uint8_t>(allocate_panels(n_bytes));
+        auto* const memory = new std::shared_ptr<std::uint8_t>(allocate_zeros(n_bytes));
         const nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<std::uint8_t>*>(p); });
         return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(memory->get(), {n_bytes}, owner);
       },

@@ -1,4 +1,5 @@
-// KvCache: the keys and values of every cached token, in blocks of kKvBlock tokens shared by all layers.
+// KvCache: the keys and values of every cached token, in blocks of kKvBlock tokens. The layers of a block lie together,
+// so that huge pages, which save TLB misses, cost no more memory than the tokens need.
 //
 // A block holds, per layer and kv head, one "tile" laid out for attention.h:
 //   K  [Dh][16]   transposed: one vector of 16 tokens per dimension, so that 16 scores need no horizontal sum
@@ -45,16 +46,16 @@ class KvCache {
   KvCache(KvFormat format, const std::vector<KvShape>& layers, int n_blocks);
 
   int n_blocks() const { return n_blocks_; }
-  std::size_t bytes() const { return bytes_; }
+  std::size_t bytes() const { return block_bytes_ * n_blocks_; }
   int n_layers() const { return static_cast<int>(layers_.size()); }
   int n_kv_heads(int layer) const { return layers_[layer].n_kv_heads; }
   const KvTile& tile(int layer) const { return layers_[layer].tile; }
-  // Bytes from a tile to that of the same head in the next block.
-  std::size_t block_stride(int layer) const { return layers_[layer].tile.bytes * layers_[layer].n_kv_heads; }
+  // Bytes from a tile to that of the same layer and head in the next block.
+  std::size_t block_stride() const { return block_bytes_; }
 
   std::byte* at(int layer, int block, int head) {
     const Layer& shape = layers_[layer];
-    return shape.data + (static_cast<std::size_t>(block) * shape.n_kv_heads + head) * shape.tile.bytes;
+    return reinterpret_cast<std::byte*>(memory_.get()) + block * block_bytes_ + shape.offset + head * shape.tile.bytes;
   }
 
   // All layers of block `source` over block `target`; both in range.
@@ -64,14 +65,11 @@ class KvCache {
   struct Layer {
     KvTile tile;
     int n_kv_heads;
-    std::byte* data;  // [n_blocks][n_kv_heads] tiles
-  };
-  struct Free {
-    void operator()(void* memory) const;
+    std::size_t offset;  // of its tiles in a block
   };
   int n_blocks_;
-  std::size_t bytes_ = 0;
-  std::unique_ptr<void, Free> memory_;
+  std::size_t block_bytes_ = 0;
+  std::shared_ptr<std::uint8_t> memory_;
   std::vector<Layer> layers_;
 };
 

@@ -1,10 +1,7 @@
 #include "panels.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,8 +12,6 @@
 namespace dapji {
 
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
 
 constexpr FormatInfo info(const char* name, Format format, int block, int block_bytes) {
   const bool is_float = format <= Format::BF16;
@@ -319,18 +314,6 @@ Format parse_format(const char* name) {
 size_t panels_bytes(Format format, int64_t rows, int64_t cols) {
   const PanelsView view = view_of(format, rows, cols, nullptr);
   return static_cast<size_t>(view.n_panels) * view.panel_bytes;
-}
-
-std::shared_ptr<uint8_t> allocate_panels(size_t n_bytes) {
-  const size_t size = n_bytes + kHugePage;
-  void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  const auto start = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-  auto* const aligned = reinterpret_cast<uint8_t*>(start);
-#if defined(__linux__)
-  madvise(aligned, n_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // only whole ones, to waste nothing
-#endif
-  return {aligned, [memory, size](uint8_t*) { munmap(memory, size); }};
 }
 
 void pack(Format format, int64_t rows, int64_t cols, const uint8_t* rows_data, const int64_t* order, uint8_t* out) {

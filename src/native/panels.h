@@ -41,10 +41,6 @@ struct PanelsView {
 /// the format's block.
 size_t panels_bytes(Format format, int64_t rows, int64_t cols);
 
-/// Zeros for panels, aligned to a huge page and made of such where the system has them: they save the TLB misses of a
-/// decode step that streams the whole model, best when all its matrices lie together. Throws std::bad_alloc.
-std::shared_ptr<uint8_t> allocate_panels(size_t n_bytes);
-
 /// Packs `rows_data`, [rows, row_bytes] as in the file, into `out`, panels_bytes of zeros. Row r is there the row order[r]
 /// or, without an order, r. Exact. Throws as panels_bytes.
 void pack(Format format, int64_t rows, int64_t cols, const uint8_t* rows_data, const int64_t* order, uint8_t* out);

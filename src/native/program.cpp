@@ -362,7 +362,7 @@ void Program::multiply(const Linear& op, const Range& range, const Rows& rows, c
 }
 
 KvView Program::kv_view(const Attend& op, int sequence, int head) {
-  return {&cache_.tile(op.layer), cache_.at(op.layer, 0, head), cache_.block_stride(op.layer),
+  return {&cache_.tile(op.layer), cache_.at(op.layer, 0, head), cache_.block_stride(),
           batch_.blocks + static_cast<std::size_t>(sequence) * batch_.n_columns};
 }
 

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "program.h"
 #include "simd_generic.h"
 
@@ -129,7 +130,7 @@ std::shared_ptr<const Panels> packed(Format format, int rows, int cols, const st
       for (const int half : halves_at(format)) put_half(at + static_cast<std::size_t>(half));
     }
   }
-  const auto memory = allocate_panels(panels_bytes(format, rows, cols));
+  const auto memory = allocate_zeros(panels_bytes(format, rows, cols));
   pack(format, rows, cols, data.data(), nullptr, memory.get());
   return std::make_shared<Panels>(format, rows, cols, memory);
 }
@@ -288,7 +289,7 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim) {
 
   const auto item = [&](const std::vector<float>& q, std::vector<float>& out, int position, int rows, int window) {
     AttentionItem one{};
-    one.kv = {&tile, cache.at(0, 0, 0), cache.block_stride(0), table.data()};
+    one.kv = {&tile, cache.at(0, 0, 0), cache.block_stride(), table.data()};
     one.q = q.data();
     one.out = out.data();
     one.stride = group * dim;
