@@ -237,7 +237,9 @@ void Program::prepare(const BatchView& batch) {
       segments_.push_back({n_partials_, n_segments});
       n_partials_ += n_segments > 1 ? n_segments : 0;
     }
-    for (int i = first; i < end; i += query_rows_) tiles_.push_back({s, i, std::min(query_rows_, end - i)});
+    // Query tiles alike, so that the workers end together.
+    const int n_tiles = (end - first + query_rows_ - 1) / query_rows_, size = (end - first + n_tiles - 1) / n_tiles;
+    for (int i = first; i < end; i += size) tiles_.push_back({s, i, std::min(size, end - i)});
     // The tokens of a block stay together: the first one clears the block for the others.
     for (int i = first, n; i < end; i += n) {
       n = std::min(end - i, kKvBlock - batch.positions[i] % kKvBlock);
