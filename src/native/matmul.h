@@ -18,7 +18,7 @@ constexpr int kBlock = 32;  // activations that share a scale
 constexpr int kFew = 8;     // up to so many tokens take their weights straight from the panels
 
 /// Activations rounded to int8 in blocks of 32 along K; a view of memory that the caller owns.
-/// scale = max|x| / 127; code = x * (127 / max|x|) rounded to nearest even; a block of zeros (or of numbers so small that the scale
+/// scale = max|x| / 127; code = x / scale rounded to nearest even; a block of zeros (or of numbers so small that the scale
 /// would not be a normal float) has scale 0 and codes 0. A block that holds an infinity or a NaN has that as its scale,
 /// so it reaches every output.
 ///

@@ -785,8 +785,7 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
       int8_t* const codes = out.codes + at * kBlock;
       float sums[2] = {0, 0};
       if (scale > 0.0f && scale <= kLargest) {
-        const F inverse = S::set(127.0f / most);
-        const I low = S::to_int(S::mul(first, inverse)), high = S::to_int(S::mul(second, inverse));
+        const I low = S::to_int(S::div(first, S::set(scale))), high = S::to_int(S::div(second, S::set(scale)));
         S::narrow_s8(codes, low);
         S::narrow_s8(codes + kLanes, high);
         sums[0] = S::sum(S::to_float(low));

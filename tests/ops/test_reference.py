@@ -97,18 +97,18 @@ def test_linear_of_q8_activations_is_the_integer_formula(format: str) -> None:
 
 
 def test_q8_codes_are_the_formula_bit_for_bit() -> None:
-    """One value at a time, in float32: scale = amax / 127, code = round-half-even(x * (127 / amax))."""
+    """One value at a time, in float32: scale = amax / 127, code = round-half-even(x / scale)."""
     x = random(5, 80, seed=4) * np.float32(10) ** np.arange(-3, 2, dtype=np.float32)[:, None]
     x[1, 32:64] = 0
     codes, scales = quantize_q8(x)
     assert codes.shape == (5, 3, 32)
     for row, block in np.ndindex(5, 3):
         values = x[row, 32 * block : 32 * (block + 1)]
-        largest = np.float32(max(abs(v) for v in values))
-        assert scales[row, block, 0] == largest / np.float32(127)
+        scale = np.float32(max(abs(v) for v in values)) / np.float32(127)
+        assert scales[row, block, 0] == scale
         for i, value in enumerate(values):
             # Python's round is half to even too
-            assert codes[row, block, i] == (round(float(value * (np.float32(127) / largest))) if largest else 0)
+            assert codes[row, block, i] == (round(float(np.float32(value / scale))) if scale else 0)
         assert not codes[row, block, len(values) :].any()
     np.testing.assert_array_equal(round_q8(x), (codes * scales).reshape(5, 96)[:, :80])
     assert (np.abs(round_q8(x) - x) <= np.repeat(scales[..., 0], 32, axis=1)[:, :80] * 0.5001).all()

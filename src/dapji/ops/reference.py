@@ -150,7 +150,7 @@ def softmax(x: Floats) -> Floats:
 def quantize_q8(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     """[..., n] -> codes [..., blocks, 32] and scales [..., blocks, 1]: x is about codes * scales.
 
-    scale = amax / 127; code = x * (127 / amax), rounded half to even, all in float32. A block of zeros, or of numbers
+    scale = amax / 127; code = x / scale, rounded half to even, all in float32. A block of zeros, or of numbers
     so small that the scale would not be a normal float, has scale 0 and codes 0. A last block of less than 32 values is
     filled up with zeros.
     """
@@ -158,11 +158,10 @@ def quantize_q8(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     padded = np.zeros((*x.shape[:-1], -(-n // Q8_BLOCK) * Q8_BLOCK), dtype=np.float32)
     padded[..., :n] = x
     blocks = padded.reshape(*x.shape[:-1], -1, Q8_BLOCK)
-    largest = np.abs(blocks).max(axis=-1, keepdims=True)
-    scales = largest / np.float32(127)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
     scales[scales < np.finfo(np.float32).tiny] = 0
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=scales > 0)
-    return np.rint(blocks * inverse).astype(np.int8), scales
+    codes = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
+    return np.rint(codes).astype(np.int8), scales
 
 
 def round_q8(x: Floats) -> Floats:

@@ -62,10 +62,9 @@ class _Rows:
             self._stored[slots] = new.to(self._stored.dtype)
         else:  # as `reference.quantize_q8`
             padded = F.pad(new.float(), (0, -self._head_dim % Q8_BLOCK)).view(len(new), *self._stored.shape[1:])
-            largest = padded.abs().amax(dim=-1, keepdim=True)
-            scales = largest / 127
+            scales = padded.abs().amax(dim=-1, keepdim=True) / 127
             scales[scales < torch.finfo(torch.float32).tiny] = 0
-            codes = torch.where(scales > 0, padded * (127 / largest), 0)
+            codes = torch.where(scales > 0, padded / scales, 0)
             self._stored[slots] = codes.round().to(torch.int8)
             self._scales[slots] = scales
 
