@@ -125,14 +125,16 @@ class PanelCache:
         Mapped where the system keeps the file in huge pages, else copied into such.
         """
         try:
-            mapped = map_file(self._path)
-            version, header, start = _read_header(self._path, mapped)
+            view = map_file(self._path)
+            version, header, start = _read_header(self._path, view)
             if (version, header.sources, header.matrices) != (self._version, self._sources, _described(matrices)):
                 return None
-            if isinstance(mapped.obj, mmap.mmap) and hasattr(mmap, "MADV_HUGEPAGE"):
+            mapped = view.obj
+            assert isinstance(mapped, MappedFile)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a kernel without huge pages
-                    mapped.obj.madvise(mmap.MADV_HUGEPAGE)
-            packed = np.frombuffer(mapped[start:], dtype=np.uint8)
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
+            packed = np.frombuffer(mapped, dtype=np.uint8, offset=start)
             if len(packed) != n_bytes or _samples(packed) != header.samples:
                 raise FormatError(f"{self._path}: the matrices are damaged")
         except ModelNotFound:
@@ -143,7 +145,7 @@ class PanelCache:
             return None
         with suppress(OSError):  # a folder that may only be read
             os.utime(self._path)  # its last use
-        return packed if _in_huge_pages(packed) else _copied(packed)
+        return packed if _in_huge_pages(packed) else _copied(mapped, start)
 
     def keep(self, matrices: Sequence[Tensor], packed: Bytes) -> None:
         """Write these bytes, which stay as they are, on a thread of its own, with pauses: answers do not wait for it.
@@ -272,7 +274,7 @@ def _read_header(path: Path, mapped: memoryview) -> tuple[int, _Header, int]:
     except msgspec.MsgspecError as error:
         raise FormatError(f"{path}: not the header that is expected here: {error}") from error
     start = _aligned(_HEAD.size + size)
-    if len(mapped) != start + header.n_bytes:
+    if header.n_bytes < 1 or len(mapped) != start + header.n_bytes:
         raise FormatError(f"{path}: {len(mapped)} bytes, the header says {start + header.n_bytes}")
     return version, header, start
 
@@ -308,13 +310,20 @@ def _in_huge_pages(packed: Bytes) -> bool:
     return False
 
 
-def _copied(packed: Bytes) -> Bytes:
+def _copied(mapped: mmap.mmap, start: int) -> Bytes:
+    """The map from `start` on, in memory of our own; its pages are given back as they are copied."""
+    packed = np.frombuffer(mapped, dtype=np.uint8, offset=start)
     memory: Bytes = native.module().allocate_panels(len(packed))
-    size = -(-len(packed) // native.default_threads())
-    threads = [
-        Thread(target=np.copyto, args=(memory[at : at + size], packed[at : at + size]))
-        for at in range(0, len(packed), size)
-    ]
+    n_threads = native.default_threads()
+
+    def copy(first: int) -> None:
+        for at in range(first * _CHUNK, len(packed), n_threads * _CHUNK):
+            piece = packed[at : at + _CHUNK]
+            np.copyto(memory[at : at + _CHUNK], piece)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED, start + at, len(piece))
+
+    threads = [Thread(target=copy, args=(first,)) for first in range(n_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
