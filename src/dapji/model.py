@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dapji.engine import Engine, Finish, Logprobs, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError
@@ -103,6 +103,7 @@ def load(
     threads: int | None = None,
     kv: KvFormat = "f16",
     device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     speculate: bool = True,
 ) -> Model:
     """Open a model and make it ready to answer.
@@ -110,7 +111,7 @@ def load(
     name_or_path: an installed model (`dapji list`), a GGUF file, or a folder in the Hugging Face layout.
     executor: "native", "torch" or "reference"; by default native where it was built.
     context: the longest conversation in tokens, prompt and answer together; default: the model's, at most 8192.
-    threads: native only; kv: format of the cache; device: torch only.
+    threads: native only; kv: format of the cache; device, dtype (of weights and activations): torch only.
     speculate: compute tokens ahead where a text repeats itself (docs/engine.md); the answers are the same.
     Raises ModelNotFound, FormatError, ConfigError, TokenizerError, UnavailableError.
     """
@@ -125,6 +126,7 @@ def load(
         threads=threads,
         kv=kv,
         device=device,
+        dtype=dtype,
         cache=PanelCache.of(files.checkpoint, native.panels_version()) if kind == "native" else None,
     )
     return Model(files, tokenizer, opened, speculate=speculate)

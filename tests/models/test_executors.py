@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_models import ORIGINAL, TEXT, VOCAB, oracle_logits, text, translated
+from tiny_models import EXECUTORS, ORIGINAL, TEXT, VOCAB, opened, oracle_logits, text, translated
 
 from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
-from dapji.models.executor import Executor, ExecutorKind, open_executor
+from dapji.models.executor import Executor, open_executor
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.reference import KvFormat
 
-KINDS: list[ExecutorKind] = ["reference", "torch", "native"]
 TOLERANCE = 1e-4
 """Absolute (2e-5 is what occurs), on logits up to 5: matrix products of other shapes sum in another order."""
 
@@ -56,7 +55,7 @@ def run(executor: Executor, sequences: list[Sequence]) -> None:
             s.past += n
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize("name", ["llama-3.1", "mistral", "qwen2-window"])
 @pytest.mark.parametrize(
     "pieces",
@@ -67,17 +66,17 @@ def run(executor: Executor, sequences: list[Sequence]) -> None:
         pytest.param([79, 1], id="prompt-and-one"),
     ],
 )
-def test_a_prompt_in_pieces_is_the_whole(name: str, kind: ExecutorKind, pieces: list[int]) -> None:
+def test_a_prompt_in_pieces_is_the_whole(name: str, kind: str, pieces: list[int]) -> None:
     config, tensors = translated(name)
-    executor = open_executor(kind, config, tensors, context=TEXT, kv="f32")
+    executor = opened(kind, config, tensors, context=TEXT, kv="f32")
     sequence = Sequence(tokens=text(), pieces=list(pieces), blocks=list(range(5)))
     run(executor, [sequence])
     np.testing.assert_allclose(np.concatenate(sequence.logits), oracle_logits(name)[:80], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize("name", ["llama-3.1", "mistral"])
-def test_a_batch_is_each_sequence_alone(name: str, kind: ExecutorKind) -> None:
+def test_a_batch_is_each_sequence_alone(name: str, kind: str) -> None:
     """Prompt chunks and decode tokens side by side, blocks scattered over the cache."""
     config, tensors = translated(name)
     blocks = np.random.default_rng(1).permutation(20).tolist()
@@ -87,17 +86,17 @@ def test_a_batch_is_each_sequence_alone(name: str, kind: ExecutorKind) -> None:
         Sequence(tokens=text(9, seed=3), pieces=[8, 1], blocks=blocks[9:10]),
         Sequence(tokens=text(90, seed=4), pieces=[90], blocks=blocks[10:16]),
     ]
-    run(open_executor(kind, config, tensors, context=TEXT, kv="f32", n_blocks=20), sequences)
+    run(opened(kind, config, tensors, context=TEXT, kv="f32", n_blocks=20), sequences)
     for sequence in sequences:
-        alone = open_executor(kind, config, tensors, context=TEXT, kv="f32")
+        alone = opened(kind, config, tensors, context=TEXT, kv="f32")
         want = alone.step(Batch.single(sequence.tokens))
         np.testing.assert_allclose(np.concatenate(sequence.logits), want, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_choose_whose_logits_are_given(kind: ExecutorKind) -> None:
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_rows_choose_whose_logits_are_given(kind: str) -> None:
     config, tensors = translated("llama-3.2")
-    executor = open_executor(kind, config, tensors, context=TEXT, kv="f32")
+    executor = opened(kind, config, tensors, context=TEXT, kv="f32")
     whole = executor.step(Batch.single(text(40)))
     batch = Batch.single(text(40))
     chosen = Batch(
@@ -111,11 +110,11 @@ def test_rows_choose_whose_logits_are_given(kind: ExecutorKind) -> None:
     assert executor.step(Batch.single(text(40), all_rows=False)).shape == (1, VOCAB)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
-def test_a_copied_block_continues_alike(kind: ExecutorKind, kv: KvFormat) -> None:
+def test_a_copied_block_continues_alike(kind: str, kv: KvFormat) -> None:
     config, tensors = translated("llama-3.1")
-    executor = open_executor(kind, config, tensors, context=TEXT, kv=kv, n_blocks=6)
+    executor = opened(kind, config, tensors, context=TEXT, kv=kv, n_blocks=6)
     first = Sequence(tokens=text(30), pieces=[28, 1, 1], blocks=[0, 1])
     run(executor, [first])
     executor.copy_block(1, 4)
@@ -131,7 +130,7 @@ def test_a_rounded_cache_is_rounded_alike_everywhere(kv: KvFormat, tolerance: fl
     """tests/ops checks the rounding bit for bit; here a value may fall on the other side of a step, so that the bound
     is the effect of rounding itself on this model of large weights."""
     config, tensors = translated("llama-3.1")
-    executors = [open_executor(kind, config, tensors, context=TEXT, kv=kv) for kind in KINDS]
+    executors = [opened(kind, config, tensors, context=TEXT, kv=kv) for kind in EXECUTORS]
     reference, *others = (executor.step(Batch.single(text())) for executor in executors)
     exact = oracle_logits("llama-3.1")
     effect = np.abs(reference - exact).max()
@@ -141,10 +140,10 @@ def test_a_rounded_cache_is_rounded_alike_everywhere(kv: KvFormat, tolerance: fl
         assert np.sqrt(np.mean((other - reference) ** 2)) < 0.2 * np.sqrt(np.mean((reference - exact) ** 2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_or_position_out_of_range_is_refused(kind: ExecutorKind) -> None:
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_a_token_or_position_out_of_range_is_refused(kind: str) -> None:
     config, tensors = translated("llama-3.1")
-    executor = open_executor(kind, config, tensors, context=40)
+    executor = opened(kind, config, tensors, context=40)
     with pytest.raises(ContextError, match="position 40 is beyond the context of 40 tokens"):
         executor.step(Batch.single(text(41)))
     for token in (VOCAB, -1):
@@ -176,8 +175,8 @@ def test_wrong_options(kind: Any, options: dict[str, Any], error: type[Exception
 
 def test_by_default_the_cache_holds_one_sequence() -> None:
     config, tensors = translated("llama-3.1")
-    for kind in KINDS:
-        assert open_executor(kind, config, tensors, context=KV_BLOCK + 1).n_blocks == 2
+    for kind in EXECUTORS:
+        assert opened(kind, config, tensors, context=KV_BLOCK + 1).n_blocks == 2
 
 
 def test_dapji_and_its_executors_do_not_import_torch() -> None:
@@ -202,9 +201,9 @@ class _NoTorch:
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_closing_may_be_repeated(kind: ExecutorKind) -> None:
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_closing_may_be_repeated(kind: str) -> None:
     config, tensors = translated("llama-3.1")
-    executor = open_executor(kind, config, tensors, context=ORIGINAL)
+    executor = opened(kind, config, tensors, context=ORIGINAL)
     executor.close()
     executor.close()

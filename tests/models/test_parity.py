@@ -5,10 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import ORIGINAL, TEXT, TINY, VOCAB, WINDOW, oracle, oracle_logits, text, translated
+from tiny_models import (
+    DEVICES,
+    EXECUTORS,
+    ORIGINAL,
+    TEXT,
+    TINY,
+    VOCAB,
+    WINDOW,
+    opened,
+    oracle,
+    oracle_logits,
+    text,
+    translated,
+)
 
 from dapji.models.config import LayerConfig, ModelConfig
-from dapji.models.executor import ExecutorKind, open_executor
+from dapji.models.executor import open_executor
 from dapji.models.families.names import hf_name
 from dapji.models.torch_executor import load_weights, sequence_logits
 from dapji.ops.batch import Batch
@@ -24,16 +37,16 @@ def logits(
     tensors: dict[str, Tensor],
     length: int = TEXT,
     *,
-    kind: ExecutorKind = "reference",
+    kind: str = "reference",
     context: int | None = None,
 ) -> np.ndarray:
-    executor = open_executor(kind, config, tensors, context=context or length, kv="f32")
+    executor = opened(kind, config, tensors, context=context or length, kv="f32")
     return executor.step(Batch.single(text(length)))
 
 
-@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize("name", TINY)
-def test_logits_are_those_of_transformers(name: str, kind: ExecutorKind) -> None:
+def test_logits_are_those_of_transformers(name: str, kind: str) -> None:
     """At every position: before, at and far beyond each threshold of position and window."""
     config, tensors = translated(name)
     np.testing.assert_allclose(logits(config, tensors, kind=kind), oracle_logits(name), rtol=0, atol=TOLERANCE)
@@ -65,9 +78,9 @@ def test_the_window_matters_from_its_length_on(name: str) -> None:
     assert np.abs(difference[WINDOW:]).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["reference", "torch", "native"])
+@pytest.mark.parametrize("kind", EXECUTORS)
 @pytest.mark.parametrize("context", [ORIGINAL, 100, TEXT])
-def test_dynamic_scaling_is_that_of_the_executors_context(kind: ExecutorKind, context: int) -> None:
+def test_dynamic_scaling_is_that_of_the_executors_context(kind: str, context: int) -> None:
     """transformers takes the length of the text that it sees in one pass; we the context, whatever the text."""
     config, tensors = translated("llama-dynamic")
     assert config.max_context == 8 * ORIGINAL
@@ -78,8 +91,10 @@ def test_dynamic_scaling_is_that_of_the_executors_context(kind: ExecutorKind, co
     np.testing.assert_allclose(part, want[:ORIGINAL], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # from the thread of the first backward pass
+@pytest.mark.parametrize("device", [torch.device(device) for device in DEVICES], ids=str)
 @pytest.mark.parametrize("name", ["llama-3.1", "llama-3.2", "llama-bias", "mistral", "qwen2-window", "qwen2-yarn"])
-def test_gradients_are_those_of_transformers(name: str) -> None:
+def test_gradients_are_those_of_transformers(name: str, device: torch.device) -> None:
     """Of the loss of two sequences, for every weight."""
     model = oracle(name)
     tokens = torch.tensor([text(128), text(128, seed=6)])
@@ -89,10 +104,10 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
 
     config, tensors = translated(name)
-    weights = load_weights(tensors, device=torch.device("cpu"), dtype=torch.float32)
+    weights = load_weights(tensors, device=device, dtype=torch.float32)
     for weight in weights.values():
         weight.requires_grad_()
-    got = sequence_logits(config, weights, tokens, TorchTables(128, torch.device("cpu")))
+    got = sequence_logits(config, weights, tokens.to(device), TorchTables(128, device)).cpu()
     got_loss = torch.nn.functional.cross_entropy(got[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
     got_loss.backward()
     assert abs(got_loss.item() - loss.item()) < 1e-5
@@ -101,13 +116,14 @@ def test_gradients_are_those_of_transformers(name: str) -> None:
         want = expected[hf_name(key)]
         assert want is not None
         assert weight.grad is not None
-        torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=5e-6)  # of gradients up to 0.2; 8e-7 occurs
+        torch.testing.assert_close(weight.grad.cpu(), want, rtol=1e-4, atol=5e-6)  # of gradients up to 0.2; 8e-7 occurs
 
 
-def test_bfloat16_is_near_float32() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_is_near_float32(device: str) -> None:
     """8 bits of mantissa: an error of some 2^-8 of a logit's magnitude per layer."""
     config, tensors = translated("llama-3.1")
-    executor = open_executor("torch", config, tensors, context=TEXT, kv="f32", dtype="bfloat16")
+    executor = open_executor("torch", config, tensors, context=TEXT, kv="f32", device=device, dtype="bfloat16")
     got, want = executor.step(Batch.single(text())), oracle_logits("llama-3.1")
     error = np.sqrt(np.mean((got - want) ** 2)) / np.sqrt(np.mean(want**2))
     assert 1e-4 < error < 0.03

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dapji.models import families
 from dapji.models.config import ModelConfig
+from dapji.models.executor import Executor, open_executor
 from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
 
@@ -30,6 +31,10 @@ TEXT = 256
 ORIGINAL = 32
 WINDOW = 24
 VOCAB = 96
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+"""Where torch can compute."""
+EXECUTORS = ["reference", "native", *(f"torch-{device}" for device in DEVICES)]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -118,6 +123,12 @@ def translated(name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
         # copied: the folder goes away
         copies = {key: Tensor.from_float32(tensor.name, tensor.float32().copy()) for key, tensor in tensors.items()}
     return config, copies
+
+
+def opened(name: str, config: ModelConfig, tensors: dict[str, Tensor], **options: Any) -> Executor:
+    """One of EXECUTORS."""
+    kind, _, device = name.partition("-")
+    return open_executor(kind, config, tensors, device=device or "cpu", **options)  # type: ignore[arg-type]
 
 
 def text(length: int = TEXT, seed: int = 5) -> list[int]:

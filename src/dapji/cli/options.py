@@ -43,8 +43,15 @@ def given_sampling(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def executor_options(command: F) -> F:
-    """--executor --threads --kv --device: how a model is opened, as `dapji.load` takes them."""
+    """--executor --threads --kv --device --dtype: how a model is opened, as `dapji.load` takes them."""
     for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16"]),
+            default="float32",
+            show_default=True,
+            help="torch: of weights and activations.",
+        ),
         click.option("--device", default="cpu", show_default=True, help="torch: cpu, cuda, cuda:1, mps."),
         click.option(
             "--kv",

@@ -7,11 +7,13 @@ loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dapji.errors import UnavailableError, UsageError
 from dapji.models.config import ModelConfig
@@ -23,6 +25,21 @@ from dapji.ops.tensor import Tensor
 from dapji.ops.torch import CachedTorchOps, TorchCache, TorchTables, UncachedTorchOps
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which makes a new plan for each length of a text: some 50 ms at every token."""
+_SHORTEST = 256
+"""Steps of single tokens on shorter texts are recorded as on texts of this length."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A step of single tokens as one CUDA graph."""
+
+    graph: torch.cuda.CUDAGraph
+    ops: CachedTorchOps
+    """Their tensors are its input."""
+    logits: torch.Tensor
+    """Its output, until any recorded step runs again."""
 
 
 class TorchExecutor:
@@ -46,19 +63,58 @@ class TorchExecutor:
         self._weights = load_weights(tensors, device=self._device, dtype=_DTYPES[dtype])
         self._cache = TorchCache(kv_shapes(config), n_blocks, kv, self._device)
         self._tables = TorchTables(context, self._device)
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> NDArray[np.float32]:
         check_batch(batch, self.config, self.context, self.n_blocks)
-        ops = CachedTorchOps(batch, self._cache, self._tables, self._device)
-        logits: NDArray[np.float32] = decode(self.config, self._weights, ops).float().cpu().numpy()
-        return logits
+        single = len(batch.tokens) == len(batch.starts) - 1 == len(batch.rows)
+        with sdpa_kernel(_KERNELS):
+            logits = self._replay(batch) if single and self._device.type == "cuda" else self._decode(self._ops(batch))
+        host: NDArray[np.float32] = logits[: len(batch.rows)].float().cpu().numpy()
+        return host
+
+    def _ops(self, batch: Batch, length: int | None = None) -> CachedTorchOps:
+        return CachedTorchOps(batch, self._cache, self._tables, self._device, length=length)
+
+    def _decode(self, ops: CachedTorchOps) -> torch.Tensor:
+        return decode(self.config, self._weights, ops)
+
+    def _replay(self, batch: Batch) -> torch.Tensor:
+        """Logits of one token of each sequence and of the last sequence again, up to a power of two. The kernels of
+        such a step take less time than Python takes to start them one by one, so that they are recorded once for each
+        number of sequences and length, both rounded up to a power of two, and then started together."""
+        n, length = (1 << (size - 1).bit_length() for size in (len(batch.tokens), int(batch.positions.max()) + 1))
+        length = min(max(length, _SHORTEST), self.context)
+        filled = np.minimum(np.arange(n), len(batch.tokens) - 1)
+        padded = Batch(
+            tokens=batch.tokens[filled],
+            positions=batch.positions[filled],
+            starts=np.arange(n + 1, dtype=np.int32),
+            blocks=batch.blocks[filled],
+            rows=np.arange(n, dtype=np.int32),
+        )
+        ops = self._ops(padded, length)
+        if (n, length) in self._recorded:
+            recorded = self._recorded[n, length]
+            recorded.ops.take(ops)
+            recorded.graph.replay()
+            return recorded.logits
+        result = self._decode(ops)  # loads kernels and tables too, which cannot be recorded
+        with torch.cuda.device(self._device):
+            graph, ops = torch.cuda.CUDAGraph(), self._ops(padded, length)
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self._decode(ops)
+        self._recorded[n, length] = _Recorded(graph, ops, logits)
+        return result
 
     @torch.inference_mode()
     def copy_block(self, source: int, target: int) -> None:
         self._cache.copy_block(source, target)
 
     def close(self) -> None:
+        self._recorded.clear()
         self._weights.clear()
         self._cache.keys.clear()
         self._cache.values.clear()

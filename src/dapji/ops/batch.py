@@ -36,8 +36,13 @@ class Batch:
 
     def slots(self, sequence: int) -> NDArray[np.int64]:
         """[S] cache slots (block * KV_BLOCK + offset) of a sequence's tokens, from position 0 to its last new one."""
-        positions = np.arange(self.positions[self.starts[sequence + 1] - 1] + 1, dtype=np.int64)
-        slots: NDArray[np.int64] = self.blocks[sequence, positions // KV_BLOCK].astype(np.int64) * KV_BLOCK
+        return self.slots_at(np.int64(sequence), np.arange(self.positions[self.starts[sequence + 1] - 1] + 1))
+
+    def slots_at(
+        self, sequences: NDArray[np.integer] | np.integer, positions: NDArray[np.integer]
+    ) -> NDArray[np.int64]:
+        """Cache slots of these positions of these sequences, which are broadcast together."""
+        slots: NDArray[np.int64] = self.blocks[sequences, positions // KV_BLOCK].astype(np.int64) * KV_BLOCK
         slots += positions % KV_BLOCK
         return slots
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,18 +61,20 @@ class _Rows:
             self._stored[slots] = new.to(self._stored.dtype)
         else:  # as `reference.quantize_q8`
             padded = F.pad(new.float(), (0, -self._head_dim % Q8_BLOCK)).view(len(new), *self._stored.shape[1:])
-            scales = padded.abs().amax(dim=-1, keepdim=True) / 127
-            scales[scales < torch.finfo(torch.float32).tiny] = 0
+            largest = padded.abs().amax(dim=-1, keepdim=True)
+            # by a tensor: on CUDA, division by a number is multiplication by its reciprocal, which rounds otherwise
+            scales = largest / torch.full_like(largest, 127)
+            scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0, scales)
             codes = torch.where(scales > 0, padded / scales, 0)
             self._stored[slots] = codes.round().to(torch.int8)
             self._scales[slots] = scales
 
     def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """[1, K, len(slots), Dh]."""
+        """slots: [n, S]. Returns [n, K, S, Dh]."""
         rows = self._stored[slots]
         if self._scales is not None:
             rows = (rows * self._scales[slots]).flatten(-2)[..., : self._head_dim]
-        return rows.to(dtype).transpose(0, 1)[None]
+        return rows.to(dtype).transpose(1, 2)
 
     def copy(self, source: slice, target: slice) -> None:
         self._stored[target] = self._stored[source]
@@ -152,21 +153,25 @@ class TorchOps(ABC):
 
 
 class CachedTorchOps(TorchOps):
-    """The ops on one batch. Each sequence attends on its own; everything else takes all rows at once."""
+    """The ops on one batch. Sequences with as many new tokens attend together; all else takes all rows at once."""
 
-    def __init__(self, batch: Batch, cache: TorchCache, tables: TorchTables, device: torch.device) -> None:
+    def __init__(
+        self, batch: Batch, cache: TorchCache, tables: TorchTables, device: torch.device, *, length: int | None = None
+    ) -> None:
+        """length: attend as if the longest sequence had so many tokens (at least as many as it has), by the same
+        operations whatever the lengths are. Default: by what is least to do."""
         super().__init__(_index(batch.tokens, device), _index(batch.positions, device), tables)
-        self._batch = batch
         self._cache = cache
-        self._device = device
         self._rows = _index(batch.rows, device)
-        starts = batch.starts.tolist()
-        self._new = [slice(start, stop) for start, stop in pairwise(starts)]
-        slots = [batch.slots(sequence) for sequence in range(len(self._new))]
-        self._slots = [_index(own, device) for own in slots]
-        written = [own[batch.positions[new]] for own, new in zip(slots, self._new, strict=True)]
-        self._written = _index(np.concatenate(written), device)
-        self._views: dict[tuple[int, int | None], tuple[Tensor, Tensor | None, bool]] = {}
+        counts = np.diff(batch.starts)
+        owners = np.repeat(np.arange(len(counts)), counts)
+        self._written = _index(batch.slots_at(owners, batch.positions), device)
+        self._groups = [_Group(batch, np.flatnonzero(counts == count), device, length) for count in np.unique(counts)]
+
+    def take(self, other: CachedTorchOps) -> None:
+        """Continue with the batch of `other`, which has the same shape and length, in the tensors of this one."""
+        for mine, its in zip(self._indices(), other._indices(), strict=True):
+            mine.copy_(its)
 
     def attention(
         self,
@@ -184,38 +189,69 @@ class CachedTorchOps(TorchOps):
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.write(self._written, k)
         values.write(self._written, v)
-        queries = q.view(len(q), n_heads, head_dim).transpose(0, 1)[None]  # [1, H, T, Dh]
-        mixed = []
-        for sequence, new in enumerate(self._new):
-            slots, mask, causal = self._view(sequence, window)
+        mixed = torch.empty_like(q)
+        sharing = n_heads // n_kv_heads
+        for group in self._groups:
+            slots, mask, causal = group.view(window, sharing)
+            queries = q[group.rows].view(group.n, group.new, n_kv_heads, sharing, head_dim).permute(0, 2, 3, 1, 4)
+            # Under a mask, heads that share keys become rows of one head, which every kernel of torch can do.
             attended = F.scaled_dot_product_attention(
-                queries[:, :, new],
+                queries.flatten(1, 2) if causal else queries.flatten(2, 3),  # [n, H, t, Dh] or [n, K, H/K * t, Dh]
                 keys.read(slots, q.dtype),
                 values.read(slots, q.dtype),
                 attn_mask=mask,
                 is_causal=causal,
                 scale=scale,
-                enable_gqa=n_heads != n_kv_heads,
-            )  # [1, H, t, Dh]
-            mixed.append(attended[0].transpose(0, 1).flatten(1))
-        return torch.cat(mixed)
+                enable_gqa=causal and sharing > 1,
+            )
+            attended = attended.view(queries.shape).permute(0, 3, 1, 2, 4)  # [n, t, K, H/K, Dh]
+            mixed[group.rows] = attended.reshape(-1, n_heads * head_dim)
+        return mixed
 
     def select_rows(self, x: Tensor) -> Tensor:
         return x[self._rows]
 
-    def _view(self, sequence: int, window: int | None) -> tuple[Tensor, Tensor | None, bool]:
-        """Slots of the keys that the sequence's new tokens see, and the mask for them: [t, slots], or none and whether
-        attention is causal. Slots before every token's window are left out."""
-        key = sequence, window
+    def _indices(self) -> list[Tensor]:
+        own = [self._tokens, self._positions, self._rows, self._written]
+        return own + [index for group in self._groups for index in (group.slots, group.positions)]
+
+
+class _Group:
+    """Sequences of a batch that have as many new tokens each."""
+
+    def __init__(
+        self, batch: Batch, members: NDArray[np.intp], device: torch.device, length: int | None = None
+    ) -> None:
+        """members: [n] which sequences."""
+        starts = batch.starts[members]
+        self.n = len(members)
+        self.new = int(batch.starts[members[0] + 1] - starts[0])
+        rows = starts[:, None] + np.arange(self.new)  # [n, t]
+        self.rows = slice(None) if rows.size == len(batch.tokens) else _index(rows.ravel(), device)
+        """Of the batch, its tokens: n * t rows, sequence after sequence."""
+        positions = batch.positions[rows]
+        last = positions[:, -1:]
+        self._shortest = int(last.min()) + 1 if length is None else 0  # any, for a given length
+        self._longest = int(last.max()) + 1 if length is None else length
+        # beyond a sequence's end its last slot again: no token sees what seems to lie after itself
+        self.slots = _index(batch.slots_at(members[:, None], np.minimum(np.arange(self._longest), last)), device)
+        self.positions = _index(positions, device)
+        self._views: dict[tuple[int | None, int], tuple[Tensor, Tensor | None, bool]] = {}
+
+    def view(self, window: int | None, sharing: int) -> tuple[Tensor, Tensor | None, bool]:
+        """Slots of the keys that its tokens see, [n, S], and the mask for them: [n, 1, sharing * t, S], or none and
+        whether attention is causal. Slots before every token's window are left out."""
+        key = window, sharing
         if key not in self._views:
-            positions, slots = self._positions[self._new[sequence]], self._slots[sequence]
-            new, cached = len(positions), len(slots)
-            first = 0 if window is None else max(0, cached - new - window + 1)
-            if new == 1 or (new == cached and first == 0 and (window is None or cached <= window)):
-                self._views[key] = slots[first:], None, new > 1
+            first = 0 if window is None else max(0, self._shortest - self.new - window + 1)
+            slots = self.slots[:, first:]
+            whole = first == 0 and self.new == self._longest and (window is None or self.new <= window)
+            if whole or (self.new == 1 and self._shortest == self._longest):
+                self._views[key] = slots, None, self.new > 1
             else:
-                seen = torch.arange(first, cached, device=self._device)
-                self._views[key] = slots[first:], visible(positions, seen, window), False
+                keys = torch.arange(first, self._longest, device=slots.device)
+                seen = visible(self.positions, keys, window)[:, None].repeat(1, 1, sharing, 1)
+                self._views[key] = slots, seen, False
         return self._views[key]
 
 
@@ -256,8 +292,8 @@ class UncachedTorchOps(TorchOps):
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """[len(queries), len(keys)] bool: whether the token at each position sees the key at each position."""
-    distance = queries[:, None] - keys
+    """queries: [..., t], keys: [S]. [..., t, S] bool: whether the token at each position sees the key at each."""
+    distance = queries[..., None] - keys
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
