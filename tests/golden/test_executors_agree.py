@@ -181,5 +181,5 @@ def test_quantised_weights(
         np.testing.assert_array_equal(same, text)
         np.testing.assert_array_equal(same_margins, margins)
     chosen, chosen_margins = run("reference", text, activations="q8")
-    assert np.mean(chosen == text) > 0.8  # of 32 tokens, ties decide some
+    assert np.mean(chosen == text) > 0.85  # of 32 tokens, ties decide some
     assert chosen_margins[chosen != text].max(initial=0) < ROUNDED_TIE
