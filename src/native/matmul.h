@@ -23,7 +23,7 @@ constexpr int kFew = 8;     // up to so many tokens take their weights straight 
 /// so it reaches every output.
 ///
 /// Tokens that a kernel takes together lie together: every array is [ceil(T / tile)][K / 32][tile] of what is named here.
-/// Those beyond T are never written and count for nothing.
+/// Those beyond T count for nothing, but may be multiplied: `clear_rest` makes them zeros, since denormal numbers are slow.
 struct Quantized {
   int64_t cols;          // K, a multiple of 32
   int tile;              // tokens side by side
@@ -50,6 +50,14 @@ struct Quantized {
   /// Where a token's block lies in the arrays.
   int64_t at(int64_t token, int64_t block) const {
     return (token / tile * (cols / kBlock) + block) * tile + token % tile;
+  }
+  /// Of T tokens, what the last tile has beyond them.
+  void clear_rest(int64_t tokens) const {
+    if (tokens % tile == 0) return;
+    for (int64_t block = 0; block < cols / kBlock; ++block) {
+      const int64_t last = at(tokens - 1, block);
+      for (int64_t i = last + 1; i % tile != 0; ++i) scales[i] = sums[i] = 0.0f;
+    }
   }
   /// The same activations from token t on, a multiple of the tile.
   Quantized from(int64_t t) const {

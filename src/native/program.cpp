@@ -306,6 +306,7 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
       kernels_.rows.norm(x + i * cols, op.norm->weight.data(), op.norm->eps, op.cols, normed + i * cols);
     }
     if (op.quantized) kernels_.matmul.quantize(op.norm ? normed : x, cols, from, to, quantized);
+    if (op.quantized && to == n) quantized.clear_rest(n);
   };
 
   if (few) {
