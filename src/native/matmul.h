@@ -83,7 +83,7 @@ constexpr size_t kScratchBytes = 320 * 1024;
 
 /// The matrix kernels of one instruction set.
 struct MatmulKernels {
-  int many_tile;
+  int many_tile;  // of more than kFew tokens
   /// Tokens side by side that linear_q wants for so many tokens.
   int tile(int64_t tokens) const { return tokens <= kFew ? static_cast<int>(tokens) : many_tile; }
 

@@ -254,7 +254,7 @@ def test_what_a_killed_process_left_is_not_used_and_goes_in_time(
 def test_an_interrupt_gives_up_writing(path: Path, folder: Path) -> None:
     """Of a file that would take half a minute."""
     code = f"""
-import contextlib, time, dapji
+import contextlib, signal, time, dapji
 from dapji.weights import panel_cache
 
 class Slow:
@@ -271,6 +271,7 @@ def slowly(path):
         yield Slow(file)
 
 panel_cache.replacing, panel_cache._CHUNK, panel_cache._PATIENCE = slowly, 4096, 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 dapji.load({str(path)!r}).close()
 """
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as child:
