@@ -30,8 +30,8 @@ MODEL = "smollm2-135m"
 KINDS: list[ExecutorKind] = ["reference", "torch", "native"]
 TIE = 1e-4
 ROUNDED_TIE = 0.75
-"""On logits of magnitude 20: 0.54 is the most among the 4,000 tokens of the long texts; on a few, 0.33 is what occurs between
-int8 and float32 activations as well."""
+"""On logits of magnitude 20: 0.54 is the most among the 4,000 tokens of the long texts; 0.33 occurs between int8 and
+float32 activations as well."""
 
 PROMPTS = [
     "The capital of France is",
