@@ -5,10 +5,12 @@ Knows nothing of what was measured. Plots want matplotlib: pip install --group b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +26,28 @@ _THEME = f"""<style>
 :root {{ --ink: {INK}; --faint: {FAINT}; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6edf3; --faint: #3d444d; }} }}
 </style>"""
+
+
+def run(
+    parser: ArgumentParser,
+    data: Path,
+    measure: Callable[[Namespace, dict[str, Any]], Iterable[None]],
+    draw: Callable[[dict[str, Any]], None],
+) -> None:
+    """A benchmark from its command line on; adds --json and --draw to the parser's options.
+
+    measure puts figures into the results so far and yields whenever they are worth keeping in `data`; draw tells them.
+    """
+    parser.add_argument("--json", action="store_true", help="the results so far on stdout; writes no document")
+    parser.add_argument("--draw", action="store_true", help="tables and plots from the results so far")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(data.read_text()) if data.exists() else {}
+    for _ in () if arguments.draw else measure(arguments, results):
+        data.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    else:
+        draw(results)
 
 
 def replace_section(document: Path, name: str, text: str) -> None:

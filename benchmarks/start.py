@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from itertools import product
@@ -152,6 +152,12 @@ def measure(name: str, rounds: int) -> Results:
     return {"seconds": seconds, "parts": medians, "flags": "repack {}, warm-up {}".format(*flags)}
 
 
+def measure_models(arguments: argparse.Namespace, results: Results) -> Iterator[None]:
+    for name in arguments.models:
+        results[name] = measure(name, arguments.rounds)
+        yield
+
+
 def draw(results: Results) -> None:
     """The tables of docs/performance.md."""
     header = ["model", "no cache", "first start", "later starts", "llama-server at its best", "ratio", "flags"]
@@ -178,17 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, help="installed models; default: those two")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", action="store_true", help="the results so far on stdout; writes no document")
-    parser.add_argument("--draw", action="store_true", help="the tables from the results so far")
-    arguments = parser.parse_args()
-    results: Results = json.loads(DATA.read_text()) if DATA.exists() else {}
-    for name in [] if arguments.draw else arguments.models:
-        results[name] = measure(name, arguments.rounds)
-        DATA.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    else:
-        draw(results)
+    report.run(parser, DATA, measure_models, draw)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,14 @@ def measure(name: str, path: Path, threads: int, numbers: list[int], rounds: int
             yield n, {"threads": threads, "dapji": ours, "peer": theirs, "flags": named(best), "http_seconds": beyond}
 
 
+def measure_models(arguments: argparse.Namespace, results: Results) -> Iterator[None]:
+    for model in arguments.models:
+        for n, row in measure(model, find_model(model), arguments.threads, arguments.streams, arguments.rounds):
+            known = results.get(model, {}) | {str(n): row}
+            results[model] = dict(sorted(known.items(), key=lambda item: int(item[0])))
+            yield
+
+
 def draw(results: Results) -> None:
     """The table and the plot of docs/performance.md."""
     rows, series = [], {}
@@ -182,20 +190,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="the results so far on stdout; writes no document")
-    parser.add_argument("--draw", action="store_true", help="table and plot from the results so far")
-    arguments = parser.parse_args()
-
-    results: Results = json.loads(DATA.read_text()) if DATA.exists() else {}
-    for model in [] if arguments.draw else arguments.models:
-        for n, row in measure(model, find_model(model), arguments.threads, arguments.streams, arguments.rounds):
-            known = results.get(model, {}) | {str(n): row}
-            results[model] = dict(sorted(known.items(), key=lambda item: int(item[0])))
-            DATA.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    else:
-        draw(results)
+    report.run(parser, DATA, measure_models, draw)
 
 
 if __name__ == "__main__":
