@@ -10,6 +10,8 @@
 //   bool has_dot                               I dot(I sum, I codes, I s8): sum += four products of bytes per int32;
 //                                              otherwise I dot16(I u8, I s8): two products per int16, saturating
 //   bool signed_codes                          whether dot takes the codes as signed bytes
+//   bool has_tiles                             whether a matrix unit multiplies many tokens: start_tiles, multiply_tile,
+//                                              end_tiles (simd_amx.h)
 //   F load(p) | load(p, n)    store(p, F) | store(p, F, n)    with n: the first n lanes, 0 elsewhere, 0 <= n <= 16
 //   F load_f16(p), load_bf16(p)    store_f16(p, F)            sixteen 2-byte floats; rounds to nearest even
 //   F zero(), set(float), add, sub, mul, div, sqrt, fma(a, b, c) = a * b + c
