@@ -104,7 +104,7 @@ def _unfilled(name: str, shape: tuple[int, ...]) -> Tensor:
     format = FORMATS["F32" if len(shape) == 1 else "Q4_0"]  # any format
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     data = np.broadcast_to(np.zeros(1, dtype=np.uint8), (rows, format.row_bytes(shape[-1])))
-    return Tensor(name=name, format=format, shape=shape, stored=data)
+    return Tensor(name=name, format=format, shape=shape, source=data)
 
 
 def main() -> None:

@@ -29,4 +29,4 @@ def random_matrix(format_name: str, rows: int, cols: int, rng: np.random.Generat
             scales = rng.normal(0, scale, (*blocks.shape[:2], 1)).astype(np.float16)
             blocks[:, :, at : at + 2] = scales.view(np.uint8)
         data = blocks.reshape(rows, -1)
-    return Tensor(name=format_name, format=format, shape=(rows, cols), stored=np.ascontiguousarray(data))
+    return Tensor(name=format_name, format=format, shape=(rows, cols), source=np.ascontiguousarray(data))

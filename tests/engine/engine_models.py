@@ -156,5 +156,5 @@ def tiny_executor(
             codes = np.rint(values * 100).clip(-127, 127).astype(np.int8).reshape(shape[0], -1, 32)
             scales = np.full((*codes.shape[:2], 1), 0.01, dtype=np.float16)
             data = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], axis=-1).reshape(shape[0], -1)
-            tensors[name] = Tensor(name=name, format=FORMATS["Q8_0"], shape=shape, stored=data)
+            tensors[name] = Tensor(name=name, format=FORMATS["Q8_0"], shape=shape, source=data)
     return open_executor(kind, config, tensors, context=512, n_blocks=n_blocks, kv=kv)

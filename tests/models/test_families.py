@@ -22,7 +22,7 @@ from dapji.errors import ConfigError
 from dapji.models import families
 from dapji.models.config import ModelConfig, weight_shapes
 from dapji.models.executor import open_executor
-from dapji.models.families.names import hf_name
+from dapji.models.families.layout import HF
 from dapji.models.families.rope import gguf_frequency_factors
 from dapji.ops.batch import Batch
 from dapji.ops.formats import FORMATS
@@ -162,7 +162,7 @@ def test_tensors_are_named_and_permuted_as_in_llama_cpp(name: str) -> None:
     metadata, named = families.to_gguf(config, tensors)
     arch = gguf.MODEL_ARCH.QWEN2 if config.family == "qwen2" else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(arch, config.n_layers)
-    expected = {names.get_name(hf_name(key), try_suffixes=(".weight", ".bias")): key for key in weight_shapes(config)}
+    expected = {names.get_name(HF.name(key), try_suffixes=(".weight", ".bias")): key for key in weight_shapes(config)}
     assert named.keys() - {"rope_freqs.weight"} == expected.keys()
     for gguf_name, key in expected.items():
         values = tensors[key].float32()
@@ -223,7 +223,7 @@ def test_rows_are_permuted_exactly_in_every_format(name: str, tmp_path: Path) ->
             name=key,
             format=format if shape[-1] % format.block == 0 else FORMATS["F32"],
             shape=shape,
-            stored=rng.integers(
+            source=rng.integers(
                 0,
                 256,
                 (shape[0], (format if shape[-1] % format.block == 0 else FORMATS["F32"]).row_bytes(shape[-1])),

@@ -228,7 +228,7 @@ def test_qwen2_has_no_frequency_factors_in_gguf() -> None:
 def test_a_quantised_bias_is_refused_where_it_would_be_permuted() -> None:
     metadata, named = gguf_of("llama-bias")
     data = np.zeros((1, FORMATS["Q8_0"].row_bytes(64)), dtype=np.uint8)
-    named["blk.0.attn_q.bias"] = Tensor(name="blk.0.attn_q.bias", format=FORMATS["Q8_0"], shape=(64,), stored=data)
+    named["blk.0.attn_q.bias"] = Tensor(name="blk.0.attn_q.bias", format=FORMATS["Q8_0"], shape=(64,), source=data)
     with pytest.raises(ConfigError, match=r"blk.0.attn_q.bias: the format Q8_0 is not supported for a bias"):
         families.from_gguf(metadata, named)
 

@@ -22,7 +22,7 @@ from tiny_models import (
 
 from dapji.models.config import LayerConfig, ModelConfig
 from dapji.models.executor import open_executor
-from dapji.models.families.names import hf_name
+from dapji.models.families.layout import HF
 from dapji.models.torch_executor import load_weights, sequence_logits
 from dapji.ops.batch import Batch
 from dapji.ops.tensor import Tensor
@@ -111,9 +111,9 @@ def test_gradients_are_those_of_transformers(name: str, device: torch.device) ->
     got_loss = torch.nn.functional.cross_entropy(got[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
     got_loss.backward()
     assert abs(got_loss.item() - loss.item()) < 1e-5
-    assert {hf_name(key) for key in weights} == expected.keys()
+    assert {HF.name(key) for key in weights} == expected.keys()
     for key, weight in weights.items():
-        want = expected[hf_name(key)]
+        want = expected[HF.name(key)]
         assert want is not None
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad.cpu(), want, rtol=1e-4, atol=5e-6)  # of gradients up to 0.2; 8e-7 occurs

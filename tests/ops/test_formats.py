@@ -81,7 +81,7 @@ def test_rows_taken_from_a_larger_array_need_no_contiguity() -> None:
 def test_tensor_keeps_its_shape_and_reorders_rows_exactly() -> None:
     format = FORMATS["Q8_0"]
     data = np.random.default_rng(6).integers(0, 256, (6, format.row_bytes(64)), dtype=np.uint8)
-    tensor = Tensor(name="w", format=format, shape=(2, 3, 64), stored=data)
+    tensor = Tensor(name="w", format=format, shape=(2, 3, 64), source=data)
     assert tensor.float32().shape == (2, 3, 64)
     order = np.array([5, 0, 3, 1, 2, 4])
     assert_same_bits(tensor.take_rows(order).float32().reshape(6, 64), tensor.float32().reshape(6, 64)[order])

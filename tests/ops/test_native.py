@@ -127,7 +127,7 @@ def test_extreme_codes_do_not_overflow(name: str) -> None:
         blocks[:, :, at : at + 2] = np.array([1.0], dtype=np.float16).view(np.uint8)
     if name == "Q6_K":
         blocks[:, :, 192:208] = 0x80
-    tensor = Tensor(name=name, format=format, shape=(16, 256), stored=data)
+    tensor = Tensor(name=name, format=format, shape=(16, 256), source=data)
     for sign in (1, -1):
         x = np.full((3, 256), sign * 12.7, dtype=np.float32)
         want = round_q8(x).astype(np.float64) @ tensor.float32().astype(np.float64).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from dapji.ops.attention import Attention, KvShape
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.formats import FORMATS
 from dapji.ops.protocol import Activation
@@ -28,9 +28,14 @@ from dapji.ops.rope import RopeConfig, RopeTables
 from dapji.ops.tensor import Tensor
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 40
+KV_SHAPE = KvShape(n_kv_heads=KV_HEADS, key_dim=HEAD_DIM, value_dim=HEAD_DIM)
 TOKENS = 37
 EXACT = {"rtol": 2e-6, "atol": 2e-6}
 """float32 against float64, on values of magnitude 1."""
+
+
+def asked(window: int | None) -> Attention:
+    return Attention(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=window, scale=0.2)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +49,7 @@ def weight(*shape: int, seed: int = 1, quantized: bool = False) -> ReferenceWeig
 def ops(batch: Batch | None = None, *, kv: KvFormat = "f32", activations: Activations = "f32") -> ReferenceOps:
     return ReferenceOps(
         batch=batch or Batch.single(list(range(TOKENS))),
-        cache=ReferenceCache([(KV_HEADS, HEAD_DIM)], 8, kv),
+        cache=ReferenceCache([KV_SHAPE], 8, kv),
         tables=RopeTables(128),
         activations=activations,
     )
@@ -57,7 +62,7 @@ def double(x: np.ndarray) -> torch.Tensor:
 def test_embed_and_select_rows() -> None:
     batch = Batch.single([4, 0, 4, 2], all_rows=False)
     table = weight(5, 8)
-    x = ops(batch).embed(table)
+    x = ops(batch).embed(table, 1.0)
     np.testing.assert_array_equal(x, F.embedding(torch.tensor([4, 0, 4, 2]), torch.tensor(table.values)))
     np.testing.assert_array_equal(ops(batch).select_rows(x), x[3:])
 
@@ -65,7 +70,7 @@ def test_embed_and_select_rows() -> None:
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 def test_norm(eps: float) -> None:
     x, w = random(TOKENS, 48), weight(48)
-    np.testing.assert_allclose(ops().norm(x, w, eps), F.rms_norm(double(x), (48,), double(w.values), eps), **EXACT)
+    np.testing.assert_allclose(ops().norm(x, w, eps, 0.0), F.rms_norm(double(x), (48,), double(w.values), eps), **EXACT)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -83,7 +88,7 @@ def test_linear_of_q8_activations_is_the_integer_formula(format: str) -> None:
     if format == "Q8_0":
         halves = scales.astype(np.float16)
         data = np.concatenate([halves.view(np.uint8), codes.view(np.uint8)], axis=-1).reshape(8, -1)
-        tensor = Tensor(name="w", format=FORMATS["Q8_0"], shape=(8, 96), stored=data)
+        tensor = Tensor(name="w", format=FORMATS["Q8_0"], shape=(8, 96), source=data)
         x_codes, x_scales = quantize_q8(x)
         dots = np.einsum("tbk,obk->tob", x_codes.astype(np.int32), codes.astype(np.int32))
         expected = (dots * x_scales[:, None, :, 0].astype(np.float64) * halves[None, :, :, 0]).sum(axis=-1)
@@ -139,17 +144,16 @@ def test_rope(dim: int) -> None:
 def test_attention(window: int | None, past: int) -> None:
     """Against torch's, over the whole text at once; here the first `past` tokens come in a step of their own."""
     q, k, v = (random(TOKENS, n * HEAD_DIM, seed=n) for n in (HEADS, KV_HEADS, KV_HEADS))
-    shape: dict[str, Any] = {"layer": 0, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     first = ops(Batch.single(list(range(past)))) if past else ops()
     if past:
-        first.attention(q[:past], k[:past], v[:past], **shape, window=window, scale=0.2)
+        first.attention(q[:past], k[:past], v[:past], layer=0, attention=asked(window))
     then = ReferenceOps(
         batch=Batch.single(list(range(TOKENS - past)), past=past),
         cache=first.cache,
         tables=first.tables,
         activations="f32",
     )
-    got = then.attention(q[past:], k[past:], v[past:], **shape, window=window, scale=0.2)
+    got = then.attention(q[past:], k[past:], v[past:], layer=0, attention=asked(window))
 
     heads = [double(x).view(TOKENS, -1, HEAD_DIM).transpose(0, 1)[None] for x in (q, k, v)]
     mask = torch.ones(TOKENS, TOKENS).tril().bool()
@@ -164,7 +168,7 @@ def test_the_cache_holds_what_its_format_can() -> None:
     k, v = (rng.standard_normal((20, KV_HEADS * HEAD_DIM), dtype=np.float32) for _ in range(2))
     slots = rng.permutation(3 * KV_BLOCK)[:20]
     for kv in ("f32", "f16", "q8"):
-        cache = ReferenceCache([(KV_HEADS, HEAD_DIM)], 3, kv)
+        cache = ReferenceCache([KV_SHAPE], 3, kv)
         cache.write(0, slots, k, v)
         for rows, new in ((cache.keys[0], k), (cache.values[0], v)):
             heads = new.reshape(20, KV_HEADS, HEAD_DIM)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dapji.ops.attention import Attention, KvShape
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.protocol import Activation
 from dapji.ops.reference import KvFormat, ReferenceCache, ReferenceOps, ReferenceWeight
@@ -16,9 +16,13 @@ from dapji.ops.rope import RopeConfig, RopeTables
 from dapji.ops.torch import CachedTorchOps, TorchCache, TorchTables, UncachedTorchOps
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 40
+KV_SHAPE = KvShape(n_kv_heads=KV_HEADS, key_dim=HEAD_DIM, value_dim=HEAD_DIM)
 CONTEXT = 128
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
-SHAPE: dict[str, Any] = {"layer": 0, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+
+
+def asked(window: int | None) -> Attention:
+    return Attention(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=window, scale=0.2)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -48,8 +52,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 def both(batch: Batch, device: torch.device, kv: KvFormat = "f32") -> tuple[ReferenceOps, CachedTorchOps]:
     """Over caches that hold the same 20 tokens in blocks 4 and 1."""
-    reference = ReferenceCache([(KV_HEADS, HEAD_DIM)], 6, kv)
-    cache = TorchCache([(KV_HEADS, HEAD_DIM)], 6, kv, device)
+    reference = ReferenceCache([KV_SHAPE], 6, kv)
+    cache = TorchCache([KV_SHAPE], 6, kv, device)
     k, v = random(20, KV_HEADS * HEAD_DIM, seed=8), random(20, KV_HEADS * HEAD_DIM, seed=9)
     slots = np.array([*range(4 * KV_BLOCK, 5 * KV_BLOCK), *range(KV_BLOCK, KV_BLOCK + 4)])
     reference.write(0, slots, k, v)
@@ -67,8 +71,8 @@ def test_attention_over_the_cache(device: torch.device, kv: KvFormat, window: in
     reference, ops = both(two_sequences(), device, kv)
     q, k, v = (random(23, n * HEAD_DIM, seed=n) for n in (HEADS, KV_HEADS, 1 + KV_HEADS))
     v = v[:, : KV_HEADS * HEAD_DIM]
-    want = reference.attention(q, k, v, **SHAPE, window=window, scale=0.2)
-    got = ops.attention(*map(torch.tensor, (q, k, v)), **SHAPE, window=window, scale=0.2)
+    want = reference.attention(q, k, v, layer=0, attention=asked(window))
+    got = ops.attention(*map(torch.tensor, (q, k, v)), layer=0, attention=asked(window))
     np.testing.assert_allclose(got.cpu(), want, **CLOSE)
 
 
@@ -93,9 +97,9 @@ def test_ops_of_a_given_length_take_another_batch(device: torch.device, window: 
     )
     ops.take(fixed)
     q, k, v = (random(2, n * HEAD_DIM, seed=s) for n, s in ((HEADS, 1), (KV_HEADS, 2), (KV_HEADS, 3)))
-    want = reference.attention(q, k, v, **SHAPE, window=window, scale=0.2)
+    want = reference.attention(q, k, v, layer=0, attention=asked(window))
     for each in (other, fixed, ops):
-        got = each.attention(*map(torch.tensor, (q, k, v)), **SHAPE, window=window, scale=0.2)
+        got = each.attention(*map(torch.tensor, (q, k, v)), layer=0, attention=asked(window))
         np.testing.assert_allclose(got.cpu(), want, **CLOSE)
 
 
@@ -106,9 +110,9 @@ def test_the_cache_rounds_as_the_reference_does(device: torch.device, kv: KvForm
     x[0] = 0
     x[1, :6] = [127, 0.5, 1.5, 2.5, -0.5, -1.5]
     slots = np.random.default_rng(1).permutation(2 * KV_BLOCK)[:9]
-    reference = ReferenceCache([(KV_HEADS, HEAD_DIM)], 3, kv)
+    reference = ReferenceCache([KV_SHAPE], 3, kv)
     reference.write(0, slots, x, x)
-    cache = TorchCache([(KV_HEADS, HEAD_DIM)], 3, kv, device)
+    cache = TorchCache([KV_SHAPE], 3, kv, device)
     cache.keys[0].write(torch.tensor(slots), torch.tensor(x))
     reference.copy_block(0, 2)
     cache.copy_block(0, 2)
@@ -123,10 +127,10 @@ def test_embed_norm_linear_and_rows(device: torch.device) -> None:
     def held(values: np.ndarray) -> ReferenceWeight:
         return ReferenceWeight(values=values, quantized=False)
 
-    x = reference.embed(held(table))
-    np.testing.assert_array_equal(ops.embed(torch.tensor(table)).cpu(), x)
-    normed = reference.norm(x, held(scale), 1e-5)
-    np.testing.assert_allclose(ops.norm(torch.tensor(x), torch.tensor(scale), 1e-5).cpu(), normed, **CLOSE)
+    x = reference.embed(held(table), 1.0)
+    np.testing.assert_array_equal(ops.embed(torch.tensor(table), 1.0).cpu(), x)
+    normed = reference.norm(x, held(scale), 1e-5, 0.0)
+    np.testing.assert_allclose(ops.norm(torch.tensor(x), torch.tensor(scale), 1e-5, 0.0).cpu(), normed, **CLOSE)
     y = reference.linear(x, held(w), held(b))
     product = ops.linear(torch.tensor(x), torch.tensor(w), torch.tensor(b))
     np.testing.assert_allclose(product.cpu(), y, rtol=1e-5, atol=2e-5)
@@ -156,10 +160,10 @@ def test_attention_without_a_cache_is_attention_with_one(device: torch.device, w
     """Two sequences of 20 tokens, each against the reference alone."""
     q, k, v = (random(40, n * HEAD_DIM, seed=s) for n, s in ((HEADS, 1), (KV_HEADS, 2), (KV_HEADS, 3)))
     ops = UncachedTorchOps(torch.arange(40).view(2, 20), TorchTables(CONTEXT, device))
-    got = ops.attention(*map(torch.tensor, (q, k, v)), **SHAPE, window=window, scale=0.2)
+    got = ops.attention(*map(torch.tensor, (q, k, v)), layer=0, attention=asked(window))
     for part in (slice(0, 20), slice(20, 40)):
         reference, _ = both(Batch.single(list(range(20))), device)
-        want = reference.attention(q[part], k[part], v[part], **SHAPE, window=window, scale=0.2)
+        want = reference.attention(q[part], k[part], v[part], layer=0, attention=asked(window))
         np.testing.assert_allclose(got[part].cpu(), want, **CLOSE)
 
 
@@ -172,10 +176,10 @@ def test_bfloat16_stays_bfloat16_with_norms_and_angles_in_float32(device: torch.
     exact = torch.tensor(reference.rope(x.float().cpu().numpy(), reference.tables[rope], HEAD_DIM))
     assert ((rotated.float() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all()  # one rounding, at the end
     ones = torch.ones(HEADS * HEAD_DIM, dtype=torch.bfloat16)
-    normed = ops.norm(x, ones, 1e-5)
+    normed = ops.norm(x, ones, 1e-5, 0.0)
     exact = torch.tensor(
         reference.norm(
-            x.float().cpu().numpy(), ReferenceWeight(values=ones.float().cpu().numpy(), quantized=False), 1e-5
+            x.float().cpu().numpy(), ReferenceWeight(values=ones.float().cpu().numpy(), quantized=False), 1e-5, 0.0
         )
     )
     assert normed.dtype == torch.bfloat16

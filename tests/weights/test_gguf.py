@@ -26,7 +26,7 @@ def random_tensors(*names: str) -> dict[str, Tensor]:
     for name in names:
         format = FORMATS[name]
         data = rng.integers(0, 256, (3, format.row_bytes(512)), dtype=np.uint8)
-        tensors[f"w.{name}"] = Tensor(name=f"w.{name}", format=format, shape=(3, 512), stored=data)
+        tensors[f"w.{name}"] = Tensor(name=f"w.{name}", format=format, shape=(3, 512), source=data)
     return tensors
 
 

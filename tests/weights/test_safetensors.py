@@ -32,7 +32,7 @@ def sample() -> dict[str, np.ndarray]:
 def as_tensor(name: str, values: np.ndarray) -> Tensor:
     format = FORMATS["F16" if values.dtype == np.float16 else "F32"]
     rows = values.reshape(-1, values.shape[-1])
-    return Tensor(name=name, format=format, shape=values.shape, stored=rows.view(np.uint8))
+    return Tensor(name=name, format=format, shape=values.shape, source=rows.view(np.uint8))
 
 
 def to_write(values: dict[str, np.ndarray]) -> list[TensorToWrite]:

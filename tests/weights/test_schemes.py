@@ -13,7 +13,7 @@ from dapji.weights.schemes import SCHEMES, choose_formats
 def tensor(rows: int, cols: int) -> Tensor:
     """Rows that all are the same byte of memory, so that even a 70B costs nothing."""
     data = np.broadcast_to(np.zeros(1, dtype=np.uint8), (rows, 2 * cols))
-    return Tensor(name="w", format=FORMATS["F16"], shape=(rows, cols), stored=data)
+    return Tensor(name="w", format=FORMATS["F16"], shape=(rows, cols), source=data)
 
 
 def model(

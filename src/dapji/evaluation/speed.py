@@ -15,6 +15,7 @@ from dapji.engine import Engine, Finish, Request, Sampling
 from dapji.errors import UsageError
 from dapji.evaluation.machine import Limits, measure_limits
 from dapji.models.config import ModelConfig
+from dapji.models.size import cached_values, read_shares
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 
@@ -27,7 +28,8 @@ class Work:
     """What a model cannot do without, whatever runs it."""
 
     weight_bytes: int
-    """Read for each token of an answer: every weight, of the embedding one row unless it is the head too."""
+    """Read for each token of an answer: every weight but the experts not chosen, of the embedding one row unless it is
+    the head too."""
     cache_bytes: float
     """Read for each earlier token of the conversation, for each token of an answer."""
     operations: int
@@ -39,13 +41,12 @@ class Work:
     def of(config: ModelConfig, tensors: Mapping[str, Tensor], kv: KvFormat) -> Work:
         """tensors: by canonical name."""
         head = "embed" if config.tied_head else "head"
-        read = [tensor for name, tensor in tensors.items() if name == head or name != "embed"]
-        matrices = [tensor for name, tensor in tensors.items() if name.startswith("layers.") and tensor.rows > 1]
-        cached = sum(2 * layer.attention.n_kv_heads * layer.attention.head_dim for layer in config.layers)
+        shares = read_shares(config)
+        matrices = [name for name, tensor in tensors.items() if name.startswith("layers.") and tensor.rows > 1]
         return Work(
-            weight_bytes=sum(tensor.nbytes for tensor in read),
-            cache_bytes=cached * KV_BYTES[kv],
-            operations=2 * sum(tensor.rows * tensor.cols for tensor in matrices),
+            weight_bytes=round(sum(share * tensors[name].nbytes for name, share in shares.items())),
+            cache_bytes=cached_values(config) * KV_BYTES[kv],
+            operations=round(2 * sum(shares[name] * tensors[name].rows * tensors[name].cols for name in matrices)),
             head_operations=2 * tensors[head].rows * tensors[head].cols,
         )
 

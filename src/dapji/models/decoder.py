@@ -7,10 +7,18 @@ torch and records the native program. Knows no executor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from dapji.models.config import AttentionConfig, FeedForwardConfig, ModelConfig
-from dapji.ops.protocol import Ops
+from dapji.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    ModelConfig,
+)
+from dapji.ops.attention import Attention, LatentAttention
+from dapji.ops.protocol import Activation, Ops
 
 V = TypeVar("V")
 W = TypeVar("W")
@@ -18,45 +26,128 @@ W = TypeVar("W")
 
 def decode(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W]) -> V:
     """Logits [R, V] float32 of the batch's rows. `weights` has the names of `weight_shapes(config)`."""
-    x = ops.embed(weights["embed"])  # [T, D]
+    x = ops.embed(weights["embed"], config.embed_scale)  # [T, D]
     for i, layer in enumerate(config.layers):
-        attended = _attention(layer.attention, i, config.norm_eps, weights, ops, x)
-        x = ops.add(x, attended)
-        x = ops.add(x, _feed_forward(layer.feed_forward, i, config.norm_eps, weights, ops, x))
-    x = ops.norm(ops.select_rows(x), weights["norm"], config.norm_eps)  # [R, D]
-    return ops.linear(x, weights["embed" if config.tied_head else "head"])
+        x = _Layer(config, layer, i, weights, ops).run(x)
+    x = ops.norm(ops.select_rows(x), weights["norm"], config.norm_eps, config.norm_offset)  # [R, D]
+    logits = ops.linear(x, weights["embed" if config.tied_head else "head"])
+    return logits if config.logit_softcap is None else ops.softcap(logits, config.logit_softcap)
 
 
-def _attention(attention: AttentionConfig, layer: int, eps: float, weights: Mapping[str, W], ops: Ops[V, W], x: V) -> V:
-    name = f"layers.{layer}.attention"
-    x = ops.norm(x, weights[f"{name}.norm"], eps)
-    q = ops.linear(x, weights[f"{name}.q"], weights.get(f"{name}.q_bias"))  # [T, H*Dh]
-    k = ops.linear(x, weights[f"{name}.k"], weights.get(f"{name}.k_bias"))  # [T, K*Dh]
-    v = ops.linear(x, weights[f"{name}.v"], weights.get(f"{name}.v_bias"))  # [T, K*Dh]
-    if attention.rope is not None:
-        table = ops.tables[attention.rope]
-        q = ops.rope(q, table, attention.head_dim)
-        k = ops.rope(k, table, attention.head_dim)
-    mixed = ops.attention(
-        q,
-        k,
-        v,
-        layer=layer,
-        n_heads=attention.n_heads,
-        n_kv_heads=attention.n_kv_heads,
-        head_dim=attention.head_dim,
-        window=attention.window,
-        scale=attention.head_dim**-0.5,
-    )  # [T, H*Dh]
-    return ops.linear(mixed, weights[f"{name}.o"], weights.get(f"{name}.o_bias"))
+@dataclass(frozen=True)
+class _Layer(Generic[V, W]):
+    config: ModelConfig
+    layer: LayerConfig
+    index: int
+    weights: Mapping[str, W]
+    ops: Ops[V, W]
 
+    def run(self, x: V) -> V:
+        """The residual stream [T, D], one layer further."""
+        attended = self._before("attention", x)
+        if isinstance(self.layer.attention, LatentAttentionConfig):
+            attended = self._latent_attention(self.layer.attention, attended)
+        else:
+            attended = self._attention(self.layer.attention, attended)
+        x = self.ops.add(x, self._after("attention", attended))
+        taken = self._before("feed_forward", x)
+        if isinstance(self.layer.feed_forward, ExpertsConfig):
+            return self._experts(self.layer.feed_forward, x, taken)
+        given = self._gated("feed_forward", self.layer.feed_forward.activation, taken)
+        return self.ops.add(x, self._after("feed_forward", given))
 
-def _feed_forward(
-    feed_forward: FeedForwardConfig, layer: int, eps: float, weights: Mapping[str, W], ops: Ops[V, W], x: V
-) -> V:
-    name = f"layers.{layer}.feed_forward"
-    x = ops.norm(x, weights[f"{name}.norm"], eps)
-    gate = ops.linear(x, weights[f"{name}.gate"], weights.get(f"{name}.gate_bias"))  # [T, F]
-    up = ops.linear(x, weights[f"{name}.up"], weights.get(f"{name}.up_bias"))  # [T, F]
-    hidden = ops.gated(gate, up, feed_forward.activation)
-    return ops.linear(hidden, weights[f"{name}.down"], weights.get(f"{name}.down_bias"))
+    def _before(self, part: str, x: V) -> V:
+        return x if self.layer.norms == "after" else self._norm(x, f"{part}.norm")
+
+    def _after(self, part: str, x: V) -> V:
+        return x if self.layer.norms == "before" else self._norm(x, f"{part}.post_norm")
+
+    def _attention(self, attention: AttentionConfig, x: V) -> V:
+        head_dim = attention.head_dim
+        q = self._linear(x, "attention.q")  # [T, H*Dh]
+        k = self._linear(x, "attention.k")  # [T, K*Dh]
+        v = self._linear(x, "attention.v")  # [T, K*Dh]
+        if attention.qk_norm is not None:
+            eps, offset = self.config.norm_eps, self.config.norm_offset
+            q = self.ops.norm_heads(q, self._optional("attention.q_norm"), eps, offset, head_dim)
+            k = self.ops.norm_heads(k, self._optional("attention.k_norm"), eps, offset, head_dim)
+        if attention.rope is not None:
+            table = self.ops.tables[attention.rope]
+            q = self.ops.rope(q, table, head_dim)
+            k = self.ops.rope(k, table, head_dim)
+        asked = Attention(
+            n_heads=attention.n_heads,
+            n_kv_heads=attention.n_kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if attention.scale is None else attention.scale,
+            window=attention.window,
+            chunk=attention.chunk,
+            softcap=attention.softcap,
+            temperature=attention.temperature,
+        )
+        mixed = self.ops.attention(q, k, v, layer=self.index, attention=asked)  # [T, H*Dh]
+        return self._linear(mixed, "attention.o")
+
+    def _latent_attention(self, attention: LatentAttentionConfig, x: V) -> V:
+        query = x
+        if attention.query_dim is not None:
+            query = self._norm(self._linear(x, "attention.q_down"), "attention.q_down_norm", attention.norm_eps)
+        table = self.ops.tables[attention.rope]
+        rope_dim = attention.rope.dim
+        q_nope = self._linear(query, "attention.q_nope")  # [T, H*nope_dim]
+        q_rope = self.ops.rope(self._linear(query, "attention.q_rope"), table, rope_dim)  # [T, H*rope_dim]
+        latent = self._norm(self._linear(x, "attention.kv_down"), "attention.kv_down_norm", attention.norm_eps)
+        k_rope = self.ops.rope(self._linear(x, "attention.k_rope"), table, rope_dim)  # [T, rope_dim]
+        mixed = self.ops.latent_attention(
+            q_nope,
+            q_rope,
+            latent,
+            k_rope,
+            self._weight("attention.k_up"),
+            self._weight("attention.v_up"),
+            layer=self.index,
+            attention=LatentAttention(
+                n_heads=attention.n_heads,
+                latent_dim=attention.latent_dim,
+                nope_dim=attention.nope_dim,
+                rope_dim=rope_dim,
+                value_dim=attention.value_dim,
+                scale=attention.scale,
+            ),
+        )  # [T, H*value_dim]
+        return self._linear(mixed, "attention.o")
+
+    def _experts(self, experts: ExpertsConfig, x: V, taken: V) -> V:
+        """x: the residual stream. taken: what the experts take, normed."""
+        logits = self._linear(taken, "feed_forward.router")  # [T, E]
+        if experts.shared_hidden_dim:
+            x = self.ops.add(x, self._gated("feed_forward.shared", experts.activation, taken))
+        given = self.ops.experts(
+            taken,
+            logits,
+            self._optional("feed_forward.selection_bias"),
+            self._weight("feed_forward.experts.gate"),
+            self._weight("feed_forward.experts.up"),
+            self._weight("feed_forward.experts.down"),
+            routing=experts.routing,
+            activation=experts.activation,
+        )
+        return self.ops.add(x, given)
+
+    def _gated(self, name: str, activation: Activation, x: V) -> V:
+        gate = self._linear(x, f"{name}.gate")  # [T, F]
+        up = self._linear(x, f"{name}.up")  # [T, F]
+        return self._linear(self.ops.gated(gate, up, activation), f"{name}.down")
+
+    def _linear(self, x: V, name: str) -> V:
+        return self.ops.linear(x, self._weight(name), self._optional(f"{name}_bias"))
+
+    def _norm(self, x: V, name: str, eps: float | None = None) -> V:
+        eps = self.config.norm_eps if eps is None else eps
+        return self.ops.norm(x, self._weight(name), eps, self.config.norm_offset)
+
+    def _weight(self, name: str) -> W:
+        return self.weights[f"layers.{self.index}.{name}"]
+
+    def _optional(self, name: str) -> W | None:
+        return self.weights.get(f"layers.{self.index}.{name}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
+from dapji.models.size import kv_shapes
 from dapji.ops import native
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.reference import Activations, KvFormat, ReferenceCache, ReferenceOps, ReferenceWeight
@@ -103,11 +104,6 @@ def default_kind() -> ExecutorKind:
     return "native" if native.available() else "reference"
 
 
-def kv_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(n_kv_heads, head_dim) of each layer: what its cache holds per token."""
-    return [(layer.attention.n_kv_heads, layer.attention.head_dim) for layer in config.layers]
-
-
 def check_batch(batch: Batch, config: ModelConfig, context: int, n_blocks: int) -> None:
     """Raises where a step would read or write beyond the vocabulary, the context or the cache."""
     if batch.positions.max(initial=0) >= context:
@@ -135,7 +131,9 @@ class ReferenceExecutor:
         self.context = context
         self.n_blocks = n_blocks
         self._activations: Activations = activations
-        self._weights = {name: ReferenceWeight.load(tensor) for name, tensor in tensors.items()}
+        self._weights = {
+            name: ReferenceWeight.load(tensor) for name, tensor in tensors.items() if not name.startswith("predictors.")
+        }
         self._cache = ReferenceCache(kv_shapes(config), n_blocks, kv)
         self._tables = RopeTables(context)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from dapji.errors import ConfigError, ContextError, UsageError
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
-from dapji.models.executor import check_batch, kv_shapes
+from dapji.models.executor import check_batch
+from dapji.models.size import kv_shapes
 from dapji.ops import native
 from dapji.ops.batch import Batch
 from dapji.ops.reference import KvFormat

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dapji.errors import UnavailableError, UsageError
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
-from dapji.models.executor import check_batch, kv_shapes
+from dapji.models.executor import check_batch
+from dapji.models.size import kv_shapes
 from dapji.ops.batch import Batch
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor

@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.errors import UnavailableError, UsageError
+from dapji.ops.attention import Attention, KvShape, LatentAttention
 from dapji.ops.protocol import Activation
 from dapji.ops.reference import KvFormat
 from dapji.ops.rope import RopeTable, RopeTables
+from dapji.ops.routing import Routing
 from dapji.ops.tensor import Tensor
 
 _ALIGNMENT = 64
@@ -130,11 +132,15 @@ class Recorder:
         self.nodes.append(node)
         return node
 
-    def embed(self, weight: Tensor) -> Node:
-        return self._add("embed", weights=[weight], width=weight.cols)
+    def embed(self, weight: Tensor, scale: float) -> Node:
+        return self._add("embed", weights=[weight], width=weight.cols, scale=scale)
 
-    def norm(self, x: Node, weight: Tensor, eps: float) -> Node:
-        return self._add("norm", x, weights=[weight], width=x.width, eps=eps)
+    def norm(self, x: Node, weight: Tensor, eps: float, offset: float) -> Node:
+        return self._add("norm", x, weights=[weight], width=x.width, eps=eps, offset=offset)
+
+    def norm_heads(self, x: Node, weight: Tensor | None, eps: float, offset: float, head_dim: int) -> Node:
+        weights = [] if weight is None else [weight]
+        return self._add("norm_heads", x, weights=weights, width=x.width, eps=eps, offset=offset, head_dim=head_dim)
 
     def linear(self, x: Node, weight: Tensor, bias: Tensor | None = None) -> Node:
         return self._add("linear", x, weights=[weight] if bias is None else [weight, bias], width=weight.rows)
@@ -142,29 +148,59 @@ class Recorder:
     def rope(self, x: Node, table: RopeTable, head_dim: int) -> Node:
         return self._add("rope", x, width=x.width, table=table)
 
-    def attention(
+    def attention(self, q: Node, k: Node, v: Node, *, layer: int, attention: Attention) -> Node:
+        return self._add("attention", q, k, v, width=q.width, layer=layer, attention=attention)
+
+    def latent_attention(
         self,
-        q: Node,
-        k: Node,
-        v: Node,
+        q_nope: Node,
+        q_rope: Node,
+        latent: Node,
+        k_rope: Node,
+        k_up: Tensor,
+        v_up: Tensor,
         *,
         layer: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None,
-        scale: float,
+        attention: LatentAttention,
     ) -> Node:
-        return self._add("attention", q, k, v, width=q.width, layer=layer, n_heads=n_heads, window=window, scale=scale)
+        return self._add(
+            "latent_attention",
+            q_nope,
+            q_rope,
+            latent,
+            k_rope,
+            weights=[k_up, v_up],
+            width=attention.n_heads * attention.value_dim,
+            layer=layer,
+            attention=attention,
+        )
 
     def gated(self, gate: Node, up: Node, activation: Activation) -> Node:
         return self._add("gated", gate, up, width=gate.width, activation=activation)
+
+    def experts(
+        self,
+        x: Node,
+        logits: Node,
+        selection_bias: Tensor | None,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        routing: Routing,
+        activation: Activation,
+    ) -> Node:
+        weights = [gate, up, down] if selection_bias is None else [gate, up, down, selection_bias]
+        return self._add("experts", x, logits, weights=weights, width=x.width, routing=routing, activation=activation)
 
     def add(self, a: Node, b: Node) -> Node:
         return self._add("add", a, b, width=a.width)
 
     def select_rows(self, x: Node) -> Node:
         return self._add("select_rows", x, width=x.width)
+
+    def softcap(self, x: Node, cap: float) -> Node:
+        return self._add("softcap", x, width=x.width, cap=cap)
 
 
 # ---- lowering ----
@@ -263,7 +299,7 @@ class _Lowering:
         assert tables[2] is None
         output = self._take(node)
         q, k, v = (self._buffer(source) for source in sources)
-        emit("attention", q, k, v, output, tables[0], node.arguments)
+        emit("attention", q, k, v, output, tables[0], node.arguments["layer"], node.arguments["attention"])
         for source in sources:
             self._give_back(source)
 
@@ -308,14 +344,14 @@ def build(
     *,
     context: int,
     kv: KvFormat,
-    kv_shapes: Sequence[tuple[int, int]],
+    kv_shapes: Sequence[KvShape],
     n_blocks: int,
     threads: int,
     cache: PanelCache | None = None,
 ) -> Any:
     """The `Program` (src/native/program.h) of what `recorder` recorded, ending in `output`, the logits.
 
-    Packs every matrix, unless the cache has them; the tensors' memory is not needed afterwards. kv_shapes: (K, Dh) of
+    Packs every matrix, unless the cache has them; the tensors' memory is not needed afterwards. kv_shapes: of
     each layer.
     """
     native = module()
@@ -329,7 +365,7 @@ def build(
         context=context,
         vocab=output.width,
         kv=kv,
-        layers=list(kv_shapes),
+        layers=[(shape.n_kv_heads, shape.key_dim) for shape in kv_shapes],
         n_blocks=n_blocks,
         widths=lowering.widths,
     )
@@ -358,11 +394,10 @@ def build(
                 ],
             )
         elif name == "attention":
-            q, k, v, buffer, table, arguments = operands
+            q, k, v, buffer, table, layer, attention = operands
             program.add_attention(
-                q, k, v, buffer, arguments["layer"], arguments["n_heads"], arguments["window"] or 0, rope(table),
-                arguments["scale"],
-            )  # fmt: skip
+                q, k, v, buffer, layer, attention.n_heads, attention.window or 0, rope(table), attention.scale
+            )
         else:
             program.add_select(*operands)
     return program

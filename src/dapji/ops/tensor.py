@@ -5,13 +5,17 @@ Knows nothing of models or of files; `formats` says what the bytes mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dapji.ops.formats import Format
+from dapji.errors import ConfigError
+from dapji.ops.formats import FORMATS, Format
+
+Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,18 +24,25 @@ class Tensor:
     (1 for a vector)."""
 
     name: str
-    """Where it came from, for error messages."""
+    """Where it came from, for error messages; different for different values of one model."""
     format: Format
     shape: tuple[int, ...]
-    stored: NDArray[np.uint8]
-    """[rows, row_bytes]: rows as raw bytes, in the order of the file."""
+    source: Bytes | Callable[[], Bytes]
+    """[rows, row_bytes]: rows as raw bytes, in the order of the file; or what makes them each time they are asked for,
+    so that a weight that no file holds as such takes memory only while it is used."""
     order: NDArray[np.int64] | None = None
     """[rows]: row r of the weight is the stored row order[r]; None: r."""
+    parts: tuple[Tensor, ...] = ()
+    """Tensors whose rows, one after another, are the source."""
     release: Callable[[], None] | None = None
-    """Gives back the memory that `stored` takes as pages of a mapped file; they are read again when needed."""
+    """Gives back the memory that the source takes as pages of a mapped file; they are read again when needed."""
 
     @property
-    def data(self) -> NDArray[np.uint8]:
+    def stored(self) -> Bytes:
+        return self.source() if callable(self.source) else self.source
+
+    @property
+    def data(self) -> Bytes:
         """[rows, row_bytes], in the order of the weight; a copy where that is not the file's."""
         return self.stored if self.order is None else self.stored[self.order]
 
@@ -41,7 +52,7 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        return int(np.prod(self.shape[:-1], dtype=np.int64))
+        return math.prod(self.shape[:-1])
 
     @property
     def nbytes(self) -> int:
@@ -51,17 +62,81 @@ class Tensor:
         """The values, [*shape] float32, newly allocated (a view where the format is F32 already)."""
         return self.format.dequantize(self.data).reshape(self.shape)
 
-    def take_rows(self, index: NDArray[np.int64]) -> Tensor:
-        """The same tensor with its rows in the order of `index`: exact in every format, since blocks lie in rows."""
-        return replace(self, order=index if self.order is None else self.order[index])
+    def reshape(self, *shape: int) -> Tensor:
+        """The same rows under other leading dimensions."""
+        assert math.prod(shape[:-1]) == self.rows
+        assert shape[-1] == self.cols
+        return replace(self, shape=shape)
+
+    def take_rows(self, index: NDArray[np.int64], name: str | None = None) -> Tensor:
+        """The rows `index`, in its order, [len(index), cols], or in the same shape where all are taken: exact in every
+        format, since blocks lie in rows."""
+        shape = self.shape if len(index) == self.rows else (len(index), self.cols)
+        order = index if self.order is None else self.order[index]
+        return replace(self, name=name or self.name, shape=shape, order=order)
+
+    def split(self) -> tuple[Tensor, ...]:
+        """[n, rows, cols] as n matrices [rows, cols]."""
+        n, rows, cols = self.shape
+        if self.order is None and len(self.parts) == n:
+            return tuple(part.reshape(rows, cols) for part in self.parts)
+        everything = np.arange(self.rows, dtype=np.int64).reshape(n, rows)
+        if self.order is None and not callable(self.source):
+            stored = self.source.reshape(n, rows, -1)
+            return tuple(
+                replace(self, name=f"{self.name}[{i}]", shape=(rows, cols), source=stored[i], parts=())
+                for i in range(n)
+            )
+        return tuple(self.take_rows(everything[i], f"{self.name}[{i}]") for i in range(n))
 
     @staticmethod
     def from_float32(name: str, values: NDArray[np.float32]) -> Tensor:
         """Wrap float32 values, any shape, C-contiguous."""
-        from dapji.ops.formats import FORMATS
-
         values = np.ascontiguousarray(values, dtype=np.float32)
-        rows = int(np.prod(values.shape[:-1], dtype=np.int64))
+        rows = math.prod(values.shape[:-1])
         return Tensor(
-            name=name, format=FORMATS["F32"], shape=values.shape, stored=values.reshape(rows, -1).view(np.uint8)
+            name=name, format=FORMATS["F32"], shape=values.shape, source=values.reshape(rows, -1).view(np.uint8)
         )
+
+    @staticmethod
+    def joined(name: str, parts: Sequence[Tensor], *shape: int) -> Tensor:
+        """The rows of all parts, one after another. Raises ConfigError where their formats differ."""
+        if different := [part for part in parts if part.format is not parts[0].format]:
+            first, other = parts[0], different[0]
+            raise ConfigError(
+                f"{name} would hold {first.name} ({first.format.name}) beside {other.name} ({other.format.name}), but "
+                "a tensor has one format"
+            )
+
+        def release() -> None:
+            for part in parts:
+                if part.release is not None:
+                    part.release()
+
+        return Tensor(
+            name=name,
+            format=parts[0].format,
+            shape=shape,
+            source=lambda: np.concatenate([part.data for part in parts]),
+            parts=tuple(parts),
+            release=release,
+        )
+
+    def transposed(self, name: str | None = None) -> Tensor:
+        """[rows, cols] -> [cols, rows], or each matrix of [n, rows, cols]; made when asked for. Raises ConfigError in a
+        format of blocks, whose values cannot change places."""
+        if len(self.shape) == 3:
+            n, rows, cols = self.shape
+            return Tensor.joined(name or self.name, [part.transposed() for part in self.split()], n, cols, rows)
+        if self.format.block > 1:
+            raise ConfigError(f"{self.name}: a matrix of format {self.format.name} cannot be transposed")
+        rows, cols = self.shape
+        size = self.format.block_bytes
+
+        def make() -> Bytes:
+            return np.ascontiguousarray(self.data.reshape(rows, cols, size).swapaxes(0, 1)).reshape(cols, -1)
+
+        return Tensor(
+            name=f"{name or self.name} transposed", format=self.format, shape=(cols, rows), source=make,
+            release=self.release,
+        )  # fmt: skip

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dapji.ops.attention import Attention, KvShape, LatentAttention
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.protocol import Activation
 from dapji.ops.reference import Q8_BLOCK, KvFormat
 from dapji.ops.rope import RopeTable, RopeTables
+from dapji.ops.routing import Routing
 
 
 class TorchTables(RopeTables):
@@ -85,11 +87,10 @@ class _Rows:
 class TorchCache:
     """Keys and values of every layer, in blocks."""
 
-    def __init__(self, kv_shapes: Sequence[tuple[int, int]], n_blocks: int, kv: KvFormat, device: torch.device) -> None:
-        """kv_shapes: (K, Dh) of each layer."""
+    def __init__(self, kv_shapes: Sequence[KvShape], n_blocks: int, kv: KvFormat, device: torch.device) -> None:
         n_slots = n_blocks * KV_BLOCK
-        self.keys = [_Rows(n_slots, n_kv_heads, head_dim, kv, device) for n_kv_heads, head_dim in kv_shapes]
-        self.values = [_Rows(n_slots, n_kv_heads, head_dim, kv, device) for n_kv_heads, head_dim in kv_shapes]
+        self.keys = [_Rows(n_slots, shape.n_kv_heads, shape.key_dim, kv, device) for shape in kv_shapes]
+        self.values = [_Rows(n_slots, shape.n_kv_heads, shape.value_dim, kv, device) for shape in kv_shapes]
 
     def copy_block(self, source: int, target: int) -> None:
         for rows in (*self.keys, *self.values):
@@ -106,11 +107,16 @@ class TorchOps(ABC):
         self.tables = tables
         self._angles: dict[RopeTable, tuple[Tensor, Tensor]] = {}
 
-    def embed(self, weight: Tensor) -> Tensor:
-        return F.embedding(self._tokens, weight)
+    def embed(self, weight: Tensor, scale: float) -> Tensor:
+        return F.embedding(self._tokens, weight) * scale
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    def norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, offset + weight.float(), eps).to(x.dtype)
+
+    def norm_heads(self, x: Tensor, weight: Tensor | None, eps: float, offset: float, head_dim: int) -> Tensor:
+        factors = None if weight is None else offset + weight.float()
+        heads = x.view(len(x), -1, head_dim).float()
+        return F.rms_norm(heads, (head_dim,), factors, eps).to(x.dtype).view(x.shape)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -125,25 +131,44 @@ class TorchOps(ABC):
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
         return rotated.to(x.dtype).view(x.shape)
 
-    @abstractmethod
-    def attention(
+    def latent_attention(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        k_up: Tensor,
+        v_up: Tensor,
         *,
         layer: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None,
-        scale: float,
-    ) -> Tensor: ...
+        attention: LatentAttention,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    @abstractmethod
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor: ...
 
     def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         if activation == "silu":
             return F.silu(gate) * up
         return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+    def experts(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        selection_bias: Tensor | None,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        routing: Routing,
+        activation: Activation,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -173,26 +198,15 @@ class CachedTorchOps(TorchOps):
         for mine, its in zip(self._indices(), other._indices(), strict=True):
             mine.copy_(its)
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys.write(self._written, k)
         values.write(self._written, v)
         mixed = torch.empty_like(q)
-        sharing = n_heads // n_kv_heads
+        n_kv_heads, head_dim = attention.n_kv_heads, attention.head_dim
+        sharing = attention.n_heads // n_kv_heads
         for group in self._groups:
-            slots, mask, causal = group.view(window, sharing)
+            slots, mask, causal = group.view(attention.window, sharing)
             queries = q[group.rows].view(group.n, group.new, n_kv_heads, sharing, head_dim).permute(0, 2, 3, 1, 4)
             # Under a mask, heads that share keys become rows of one head, which every kernel of torch can do.
             attended = F.scaled_dot_product_attention(
@@ -201,11 +215,11 @@ class CachedTorchOps(TorchOps):
                 values.read(slots, q.dtype),
                 attn_mask=mask,
                 is_causal=causal,
-                scale=scale,
+                scale=attention.scale,
                 enable_gqa=causal and sharing > 1,
             )
             attended = attended.view(queries.shape).permute(0, 3, 1, 2, 4)  # [n, t, K, H/K, Dh]
-            mixed[group.rows] = attended.reshape(-1, n_heads * head_dim)
+            mixed[group.rows] = attended.reshape(-1, q.shape[1])
         return mixed
 
     def select_rows(self, x: Tensor) -> Tensor:
@@ -264,26 +278,14 @@ class UncachedTorchOps(TorchOps):
         positions = torch.arange(self._length, device=tokens.device)
         super().__init__(tokens.flatten(), positions.repeat(self._n_sequences), tables)
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
-        q, k, v = (x.view(self._n_sequences, self._length, -1, head_dim).transpose(1, 2) for x in (q, k, v))
-        mask = None
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor:
+        q, k, v = (x.view(self._n_sequences, self._length, -1, attention.head_dim).transpose(1, 2) for x in (q, k, v))
+        mask, window = None, attention.window
         if window is not None and window < self._length:
             positions = self._positions[: self._length]
             mask = visible(positions, positions, window)
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=n_heads != n_kv_heads
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scale, enable_gqa=q.shape[1] != k.shape[1]
         )  # [B, H, S, Dh]
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 

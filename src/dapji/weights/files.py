@@ -82,7 +82,7 @@ class StoredTensor:
             )
         shape = self.shape or (1,)
         data = np.frombuffer(self.data, dtype=np.uint8).reshape(-1, format.row_bytes(shape[-1]))
-        return Tensor(name=self.name, format=format, shape=shape, stored=data, release=self._release)
+        return Tensor(name=self.name, format=format, shape=shape, source=data, release=self._release)
 
     def _release(self) -> None:
         """The whole pages of a map; of its two ends others may lie in the same page."""

@@ -5,7 +5,7 @@ The functions here are what families share; each family's module says what is it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from dapji.errors import ConfigError
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from dapji.models.families.fields import Fields
+from dapji.models.families.layout import GGUF, Layout
 from dapji.models.families.rope import longest_context, rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf
 from dapji.ops.protocol import Activation
 from dapji.ops.rope import RopeConfig
@@ -62,14 +63,14 @@ GGUF_IGNORABLE = (
     "tensor_data_layout",
 )
 
-_HF_ACTIVATIONS: dict[str, Activation] = {
+HF_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_TO_HF_ACTIVATION: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+TO_HF_ACTIVATION: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +82,46 @@ class Family:
     hf_architecture: str
     """The class of transformers that runs it."""
     gguf_architecture: str
-    interleaved: bool
-    """In GGUF, rotated rows of q and k are in pairs (2i, 2i + 1)."""
-    rope_freqs: bool
+    hf: Layout
+    gguf: Layout
+    rope_freqs: bool = False
     """In GGUF, frequency factors may be given as a tensor."""
-    window: bool
-    """Layers may have a sliding window."""
     from_hf: Callable[[Fields], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, object]]
     """Everything but model_type and architectures."""
+    from_gguf: Callable[[Fields, GgufFacts], ModelConfig]
+    to_gguf: Callable[[ModelConfig], dict[str, object]]
+    reads_gguf: Callable[[Fields], bool] = lambda fields: True
+    """Whether a file of this architecture is of this family, where several share it."""
+    wrapper: Wrapper | None = None
+    """The family's models for more than text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFacts:
+    """What only the tensors of a GGUF file tell."""
+
+    vocab_size: int
+    names: Collection[str]
+    """Of its tensors, rope_freqs aside."""
+    frequency_factors: tuple[float, ...] | None
+
+    @property
+    def tied_head(self) -> bool:
+        return GGUF.name("head") not in self.names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A config.json whose text_config is the decoder's; the parts that see and hear are left out."""
+
+    model_type: str
+    prefix: str
+    """Of the decoder's tensors, before the names that they have alone."""
+    left_out: tuple[str, ...]
+    """Prefixes of the other parts' tensors."""
+    ignorable: tuple[str, ...] = ()
+    """Further keys of the outer config.json that say nothing of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,20 +145,19 @@ class Sizes:
         if not 1 <= self.n_layers <= MAX_LAYERS:
             raise ConfigError(f"n_layers ({self.n_layers}) must be 1 to {MAX_LAYERS}")
 
+    @property
+    def attention(self) -> AttentionConfig:
+        """The plainest; families replace what theirs has otherwise."""
+        return AttentionConfig(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, rope=self.rope)
+
+    @property
+    def feed_forward(self) -> FeedForwardConfig:
+        return FeedForwardConfig(hidden_dim=self.hidden_dim, activation=self.activation)
+
     def layer(self, *, window: int | None, qkv_bias: bool, out_bias: bool, feed_forward_bias: bool) -> LayerConfig:
         return LayerConfig(
-            attention=AttentionConfig(
-                n_heads=self.n_heads,
-                n_kv_heads=self.n_kv_heads,
-                head_dim=self.head_dim,
-                rope=self.rope,
-                window=window,
-                qkv_bias=qkv_bias,
-                out_bias=out_bias,
-            ),
-            feed_forward=FeedForwardConfig(
-                hidden_dim=self.hidden_dim, activation=self.activation, bias=feed_forward_bias
-            ),
+            attention=replace(self.attention, window=window, qkv_bias=qkv_bias, out_bias=out_bias),
+            feed_forward=replace(self.feed_forward, bias=feed_forward_bias),
         )
 
     def model(self, family: str, layers: tuple[LayerConfig, ...]) -> ModelConfig:
@@ -159,7 +190,7 @@ def sizes_from_hf(fields: Fields, *, default_n_kv_heads: int | None = None) -> S
         n_kv_heads=fields.integer("num_key_value_heads", default_n_kv_heads or n_heads),
         head_dim=head_dim,
         hidden_dim=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", _HF_ACTIVATIONS, "silu"),
+        activation=fields.choice("hidden_act", HF_ACTIVATIONS, "silu"),
         vocab_size=fields.integer("vocab_size"),
         max_context=longest_context(rope.scaling, longest),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -170,8 +201,7 @@ def sizes_from_hf(fields: Fields, *, default_n_kv_heads: int | None = None) -> S
 
 def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
     """The inverse of `sizes_from_hf`."""
-    layer = uniform_layer(config)
-    attention = layer.attention
+    attention, feed_forward = uniform_layer(config)
     if attention.rope is None or attention.rope.dim != attention.head_dim:
         raise ConfigError(f"config.json of {config.family} has no form for heads that are not rotated as a whole")
     return {
@@ -180,8 +210,8 @@ def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,
         "head_dim": attention.head_dim,
-        "intermediate_size": layer.feed_forward.hidden_dim,
-        "hidden_act": _TO_HF_ACTIVATION[layer.feed_forward.activation],
+        "intermediate_size": feed_forward.hidden_dim,
+        "hidden_act": TO_HF_ACTIVATION[feed_forward.activation],
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
@@ -190,14 +220,24 @@ def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def uniform_layer(config: ModelConfig) -> LayerConfig:
-    """The one layer that all are equal to, but for their windows."""
+def uniform_layer(config: ModelConfig) -> tuple[AttentionConfig, FeedForwardConfig]:
+    """Attention and feed-forward of the one layer that all are equal to, but for their windows."""
     first = config.layers[0]
+    attention, feed_forward = first.attention, first.feed_forward
+    assert isinstance(attention, AttentionConfig)
+    assert isinstance(feed_forward, FeedForwardConfig)
     for i, layer in enumerate(config.layers):
-        unwindowed = replace(layer, attention=replace(layer.attention, window=first.attention.window))
-        if unwindowed != first:
+        other = layer.attention
+        if isinstance(other, AttentionConfig):
+            other = replace(other, window=attention.window)
+        if replace(layer, attention=other) != first:
             raise ConfigError(f"{config.family} has no form for layers that differ: {i} is not as 0")
-    return first
+    return attention, feed_forward
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    """Of every layer."""
+    return [layer.attention.window if isinstance(layer.attention, AttentionConfig) else None for layer in config.layers]
 
 
 def _head_dim(dim: int, n_heads: int) -> int:
@@ -206,28 +246,18 @@ def _head_dim(dim: int, n_heads: int) -> int:
     return dim // n_heads
 
 
-def config_from_gguf(
-    family: str,
-    fields: Fields,
-    *,
-    vocab_size: int,
-    tied_head: bool,
-    qkv_bias: bool,
-    out_bias: bool,
-    feed_forward_bias: bool,
-    frequency_factors: tuple[float, ...] | None,
-) -> ModelConfig:
-    """From `<architecture>.*` metadata and what only the tensors of a GGUF file tell."""
-    if fields.integer("expert_count", 0):
-        raise ConfigError(f"GGUF: experts (expert_count = {fields.integer('expert_count')}) are not supported")
-    fields.require("vocab_size", vocab_size)
+def sizes_from_gguf(fields: Fields, facts: GgufFacts) -> Sizes:
+    """The common keys of `<architecture>.*` metadata. What no key says is silu."""
+    fields.require("vocab_size", facts.vocab_size)
     dim, n_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     fields.require("attention.causal", True)
     stated_context = fields.integer("context_length")
     head_dim = fields.integer("attention.key_length") if "attention.key_length" in fields else _head_dim(dim, n_heads)
     fields.require("attention.value_length", head_dim)
-    rope = rope_from_gguf(fields, head_dim=head_dim, stated_context=stated_context, frequency_factors=frequency_factors)
-    sizes = Sizes(
+    rope = rope_from_gguf(
+        fields, head_dim=head_dim, stated_context=stated_context, frequency_factors=facts.frequency_factors
+    )
+    return Sizes(
         dim=dim,
         n_layers=fields.integer("block_count"),
         n_heads=n_heads,
@@ -235,51 +265,63 @@ def config_from_gguf(
         head_dim=head_dim,
         hidden_dim=fields.integer("feed_forward_length"),
         activation="silu",
-        vocab_size=vocab_size,
+        vocab_size=facts.vocab_size,
         max_context=longest_context(rope.scaling, stated_context),
-        norm_eps=_shortest(fields.number("attention.layer_norm_rms_epsilon")),
-        tied_head=tied_head,
+        norm_eps=shortest(fields.number("attention.layer_norm_rms_epsilon")),
+        tied_head=facts.tied_head,
         rope=rope,
     )
+
+
+def config_from_gguf(family: str, fields: Fields, facts: GgufFacts) -> ModelConfig:
+    """Of a family whose layers are alike, dense, and have biases where there are tensors of them."""
+    if fields.integer("expert_count", 0):
+        raise ConfigError(f"GGUF: experts (expert_count = {fields.integer('expert_count')}) are not supported")
+    sizes = sizes_from_gguf(fields, facts)
     layer = sizes.layer(
         window=fields.integer("attention.sliding_window", 0) or None,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        feed_forward_bias=feed_forward_bias,
+        qkv_bias=GGUF.in_layer(0, "attention.q_bias") in facts.names,
+        out_bias=GGUF.in_layer(0, "attention.o_bias") in facts.names,
+        feed_forward_bias=GGUF.in_layer(0, "feed_forward.down_bias") in facts.names,
     )
     fields.finish(GGUF_IGNORABLE)
     return sizes.model(family, (layer,) * sizes.n_layers)
 
 
-def config_to_gguf(config: ModelConfig) -> dict[str, object]:
-    """The inverse of `config_from_gguf`, without the architecture's prefix."""
-    layer = uniform_layer(config)
-    attention = layer.attention
-    windows = {layer.attention.window for layer in config.layers}
-    if len(windows) > 1:
-        raise ConfigError("GGUF has no form for windows in some layers only")
-    if layer.feed_forward.activation != "silu":
-        raise ConfigError(f"GGUF: the activation {layer.feed_forward.activation} is not supported, only silu is")
-    if attention.rope is None:
-        raise ConfigError("GGUF has no form for heads that are not rotated")
-    written: dict[str, object] = {
+def sizes_to_gguf(
+    config: ModelConfig, attention: AttentionConfig, rope: RopeConfig, hidden_dim: int
+) -> dict[str, object]:
+    """The inverse of `sizes_from_gguf`. attention: of any layer, rope: of those that have one."""
+    return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_context,
         "embedding_length": config.dim,
         "block_count": config.n_layers,
-        "feed_forward_length": layer.feed_forward.hidden_dim,
+        "feed_forward_length": hidden_dim,
         "attention.head_count": attention.n_heads,
         "attention.head_count_kv": attention.n_kv_heads,
         "attention.key_length": attention.head_dim,
         "attention.value_length": attention.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
-        **rope_to_gguf(attention.rope),
+        **rope_to_gguf(rope),
     }
+
+
+def config_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """The inverse of `config_from_gguf`, without the architecture's prefix."""
+    attention, feed_forward = uniform_layer(config)
+    if len(set(windows(config))) > 1:
+        raise ConfigError("GGUF has no form for windows in some layers only")
+    if feed_forward.activation != "silu":
+        raise ConfigError(f"GGUF: the activation {feed_forward.activation} is not supported, only silu is")
+    if attention.rope is None:
+        raise ConfigError("GGUF has no form for heads that are not rotated")
+    written = sizes_to_gguf(config, attention, attention.rope, feed_forward.hidden_dim)
     if attention.window is not None:
         written["attention.sliding_window"] = attention.window
     return written
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

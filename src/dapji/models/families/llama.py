@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dapji.errors import ConfigError
 from dapji.models.config import ModelConfig
-from dapji.models.families.family import HF_IGNORABLE, Family, sizes_from_hf, sizes_to_hf
+from dapji.models.families.family import (
+    HF_IGNORABLE,
+    Family,
+    config_from_gguf,
+    config_to_gguf,
+    sizes_from_hf,
+    sizes_to_hf,
+    uniform_layer,
+    windows,
+)
 from dapji.models.families.fields import Fields
+from dapji.models.families.layout import GGUF_INTERLEAVED, HF
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
@@ -22,8 +32,8 @@ def _from_hf(fields: Fields) -> ModelConfig:
 
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:
-    attention, feed_forward = config.layers[0].attention, config.layers[0].feed_forward
-    if any(layer.attention.window is not None for layer in config.layers):
+    attention, feed_forward = uniform_layer(config)
+    if any(window is not None for window in windows(config)):
         raise ConfigError("config.json of llama has no form for a window")
     if attention.qkv_bias != attention.out_bias:
         raise ConfigError(
@@ -37,9 +47,12 @@ LLAMA = Family(
     name="llama",
     hf_architecture="LlamaForCausalLM",
     gguf_architecture="llama",
-    interleaved=True,
+    hf=HF,
+    gguf=GGUF_INTERLEAVED,
     rope_freqs=True,
-    window=False,
     from_hf=_from_hf,
     to_hf=_to_hf,
+    from_gguf=lambda fields, facts: config_from_gguf("llama", fields, facts),
+    to_gguf=config_to_gguf,
+    reads_gguf=lambda fields: "attention.sliding_window" not in fields,
 )

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dapji.errors import ConfigError
 from dapji.models.config import ModelConfig
-from dapji.models.families.family import HF_IGNORABLE, Family, sizes_from_hf, sizes_to_hf
+from dapji.models.families.family import (
+    HF_IGNORABLE,
+    Family,
+    config_from_gguf,
+    config_to_gguf,
+    sizes_from_hf,
+    sizes_to_hf,
+    uniform_layer,
+    windows,
+)
 from dapji.models.families.fields import Fields
+from dapji.models.families.layout import GGUF_INTERLEAVED, HF
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
@@ -18,21 +28,23 @@ def _from_hf(fields: Fields) -> ModelConfig:
 
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:
-    layer = config.layers[0]
-    if layer.attention.qkv_bias or layer.attention.out_bias or layer.feed_forward.bias:
+    attention, feed_forward = uniform_layer(config)
+    if attention.qkv_bias or attention.out_bias or feed_forward.bias:
         raise ConfigError("config.json of mistral has no form for biases")
-    if any(other.attention.window != layer.attention.window for other in config.layers):
+    if len(set(windows(config))) > 1:
         raise ConfigError("config.json of mistral has no form for windows in some layers only")
-    return {**sizes_to_hf(config), "sliding_window": layer.attention.window}
+    return {**sizes_to_hf(config), "sliding_window": attention.window}
 
 
 MISTRAL = Family(
     name="mistral",
     hf_architecture="MistralForCausalLM",
     gguf_architecture="llama",
-    interleaved=True,
+    hf=HF,
+    gguf=GGUF_INTERLEAVED,
     rope_freqs=True,
-    window=True,
     from_hf=_from_hf,
     to_hf=_to_hf,
+    from_gguf=lambda fields, facts: config_from_gguf("mistral", fields, facts),
+    to_gguf=config_to_gguf,
 )

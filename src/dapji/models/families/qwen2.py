@@ -6,8 +6,18 @@ from dataclasses import replace
 
 from dapji.errors import ConfigError
 from dapji.models.config import ModelConfig
-from dapji.models.families.family import HF_IGNORABLE, Family, sizes_from_hf, sizes_to_hf
+from dapji.models.families.family import (
+    HF_IGNORABLE,
+    Family,
+    config_from_gguf,
+    config_to_gguf,
+    sizes_from_hf,
+    sizes_to_hf,
+    uniform_layer,
+    windows,
+)
 from dapji.models.families.fields import Fields
+from dapji.models.families.layout import GGUF, HF
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -42,19 +52,19 @@ def _from_hf(fields: Fields) -> ModelConfig:
 
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:
-    layer = config.layers[0]
-    if not layer.attention.qkv_bias or layer.attention.out_bias or layer.feed_forward.bias:
+    attention, feed_forward = uniform_layer(config)
+    if not attention.qkv_bias or attention.out_bias or feed_forward.bias:
         raise ConfigError("config.json of qwen2 has biases on q, k and v, and no form for others")
-    windows = [layer.attention.window for layer in config.layers]
-    sizes = {window for window in windows if window is not None}
+    every = windows(config)
+    sizes = {window for window in every if window is not None}
     if len(sizes) > 1:
         raise ConfigError(f"config.json of qwen2 has one sliding_window, not {sorted(sizes)}")
     return {
         **sizes_to_hf(config),
         "use_sliding_window": bool(sizes),
         "sliding_window": sizes.pop() if sizes else None,
-        "max_window_layers": next((i for i, window in enumerate(windows) if window is not None), config.n_layers),
-        "layer_types": [_LAYER_TYPES[window is not None] for window in windows],
+        "max_window_layers": next((i for i, window in enumerate(every) if window is not None), config.n_layers),
+        "layer_types": [_LAYER_TYPES[window is not None] for window in every],
     }
 
 
@@ -62,9 +72,10 @@ QWEN2 = Family(
     name="qwen2",
     hf_architecture="Qwen2ForCausalLM",
     gguf_architecture="qwen2",
-    interleaved=False,
-    rope_freqs=False,
-    window=True,
+    hf=HF,
+    gguf=GGUF,
     from_hf=_from_hf,
     to_hf=_to_hf,
+    from_gguf=lambda fields, facts: config_from_gguf("qwen2", fields, facts),
+    to_gguf=config_to_gguf,
 )

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from dapji.errors import ConfigError
-from dapji.models.config import ModelConfig, weight_shapes
-from dapji.models.families.family import Family, config_from_gguf, config_to_gguf
+from dapji.models.config import AttentionConfig, ModelConfig
+from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
+from dapji.models.families.layout import GGUF, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.mistral import MISTRAL
-from dapji.models.families.names import gguf_name, halve, hf_name, interleave, take
 from dapji.models.families.qwen2 import QWEN2
 from dapji.models.families.rope import gguf_frequency_factors
 from dapji.ops.tensor import Tensor
@@ -35,22 +35,47 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
     Returns the configuration and the weights by canonical name. Raises ConfigError on an unsupported family, on
     unknown keys, unsupported values, missing or unexpected tensors and wrong shapes.
     """
-    config = config_from_hf(config_json)
-    given = {name: tensors[name] for name in tensors if not name.endswith(_HF_RECOMPUTED)}
-    if config.tied_head and (head := given.pop(hf_name("head"), None)) is not None:
-        embed = given.get(hf_name("embed"))
+    family, fields, prefix = _read_config(config_json)
+    config = family.from_hf(fields)
+    given = {
+        name.removeprefix(prefix): tensors[name]
+        for name in tensors
+        if not name.endswith(_HF_RECOMPUTED) and not (prefix and name.startswith(_left_out(family)))
+    }
+    head_name, embed_name = family.hf.name("head"), family.hf.name("embed")
+    if config.tied_head and (head := given.pop(head_name, None)) is not None:
+        embed = given.get(embed_name)
         if embed is not None and not _same(head, embed):
             raise ConfigError(
-                f"config.json says tie_word_embeddings, but {hf_name('head')} differs from {hf_name('embed')}",
+                f"config.json says tie_word_embeddings, but {head_name} differs from {embed_name}",
                 hint="set tie_word_embeddings to false if the head is a matrix of its own",
             )
-    return config, take(config, given, hf_name)
+    return config, take(family.hf.all_rules(config), given)
 
 
 def config_from_hf(config_json: Mapping[str, object]) -> ModelConfig:
     """The configuration alone."""
+    family, fields, _ = _read_config(config_json)
+    return family.from_hf(fields)
+
+
+def _read_config(config_json: Mapping[str, object]) -> tuple[Family, Fields, str]:
+    """The family, the fields of its decoder, and what its tensors' names begin with beside their own."""
     fields = Fields(config_json, where="config.json")
-    return fields.choice("model_type", {family.name: family for family in FAMILIES}).from_hf(fields)
+    types = {family.name: (family, False) for family in FAMILIES}
+    types |= {family.wrapper.model_type: (family, True) for family in FAMILIES if family.wrapper is not None}
+    family, wrapped = fields.choice("model_type", types)
+    if not wrapped:
+        return family, fields, ""
+    assert family.wrapper is not None
+    inner = fields.mapping("text_config")
+    inner.require("model_type", family.name)
+    fields.finish((*HF_IGNORABLE, *family.wrapper.ignorable))
+    return family, inner, family.wrapper.prefix
+
+
+def _left_out(family: Family) -> tuple[str, ...]:
+    return () if family.wrapper is None else family.wrapper.left_out
 
 
 def to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -58,7 +83,7 @@ def to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
     tensors by their names there. Raises ConfigError where the family's config.json cannot say something."""
     family = _family(config)
     config_json = {"model_type": family.name, "architectures": [family.hf_architecture], **family.to_hf(config)}
-    return config_json, {hf_name(name): tensors[name] for name in weight_shapes(config)}
+    return config_json, give(family.hf.all_rules(config), tensors)
 
 
 def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -69,28 +94,22 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
     architecture = Fields(metadata, where="GGUF", prefix="general.").choice(
         "architecture", {family.gguf_architecture: family.gguf_architecture for family in FAMILIES}
     )
-    embed = gguf_name("embed")
+    embed = GGUF.name("embed")
     if embed not in tensors:
         raise ConfigError(f"missing tensor: {embed}")
     given = {name: tensors[name] for name in tensors}
     factors = given.pop(_ROPE_FREQS, None)
     fields = Fields(metadata, where="GGUF", prefix=f"{architecture}.")
-    window = "attention.sliding_window" in fields
-    family = next(f for f in FAMILIES if f.gguf_architecture == architecture and (f.window or not window))
+    family = next(f for f in FAMILIES if f.gguf_architecture == architecture and f.reads_gguf(fields))
     if factors is not None and not family.rope_freqs:
         raise ConfigError(f"GGUF: {_ROPE_FREQS} is not supported in the architecture {architecture}")
-    config = config_from_gguf(
-        family.name,
-        fields,
+    facts = GgufFacts(
         vocab_size=given[embed].shape[0],
-        tied_head=gguf_name("head") not in given,
-        qkv_bias=gguf_name("layers.0.attention.q_bias") in given,
-        out_bias=gguf_name("layers.0.attention.o_bias") in given,
-        feed_forward_bias=gguf_name("layers.0.feed_forward.down_bias") in given,
+        names=given.keys(),
         frequency_factors=None if factors is None else tuple(float(factor) for factor in factors.float32().ravel()),
     )
-    weights = take(config, given, gguf_name)
-    return config, halve(config, weights) if family.interleaved else weights
+    config = family.from_gguf(fields, facts)
+    return config, take(family.gguf.all_rules(config), given)
 
 
 def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -98,17 +117,21 @@ def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     tokenizer. Raises ConfigError where GGUF cannot say something."""
     family = _family(config)
     metadata: dict[str, object] = {"general.architecture": family.gguf_architecture}
-    for key, value in config_to_gguf(config).items():
+    for key, value in family.to_gguf(config).items():
         metadata[f"{family.gguf_architecture}.{key}"] = value
-    ordered = interleave(config, tensors) if family.interleaved else tensors
-    named = {gguf_name(name): ordered[name] for name in weight_shapes(config)}
-    rope = config.layers[0].attention.rope
-    factors = None if rope is None else gguf_frequency_factors(rope)
+    named = give(family.gguf.all_rules(config), tensors)
+    factors = _frequency_factors(config)
     if factors is not None:
         if not family.rope_freqs:
             raise ConfigError(f"GGUF has no form for this rope scaling in the architecture {family.gguf_architecture}")
         named[_ROPE_FREQS] = Tensor.from_float32(_ROPE_FREQS, np.array(factors, dtype=np.float32))
     return metadata, named
+
+
+def _frequency_factors(config: ModelConfig) -> tuple[float, ...] | None:
+    """What the layers that have a rope need of them; to_gguf of the family has seen to it that they need the same."""
+    ropes = [layer.attention.rope for layer in config.layers if isinstance(layer.attention, AttentionConfig)]
+    return next((gguf_frequency_factors(rope) for rope in ropes if rope is not None), None)
 
 
 def _family(config: ModelConfig) -> Family:
