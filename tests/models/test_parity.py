@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import (
+    CASES,
     DEVICES,
     EXECUTORS,
     ORIGINAL,
@@ -44,8 +45,7 @@ def logits(
     return executor.step(Batch.single(text(length)))
 
 
-@pytest.mark.parametrize("kind", EXECUTORS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_logits_are_those_of_transformers(name: str, kind: str) -> None:
     """At every position: before, at and far beyond each threshold of position and window."""
     config, tensors = translated(name)

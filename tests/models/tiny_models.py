@@ -14,6 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import tiny_dense
+import tiny_experts
+import tiny_latent
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -97,7 +100,15 @@ TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (_QWEN2, {**_rope("default", 1_000_000.0), "tie_word_embeddings": True}),
     "qwen2-window": (_QWEN2, {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen2-yarn": (_QWEN2, _yarn(factor=4.0)),
+    **tiny_experts.TINY,
+    **tiny_latent.TINY,
+    **tiny_dense.TINY,
 }
+
+PENDING: dict[str, set[str]] = {"native": set(), "torch": set()}
+"""Models that an executor cannot run yet."""
+CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PENDING.get(kind.partition("-")[0], ())]
+"""Every model on every executor."""
 
 
 @cache
