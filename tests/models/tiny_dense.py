@@ -1,4 +1,4 @@
-"""Tiny models whose dense layers differ from the plain ones: norms elsewhere, windows in some layers, caps, for `tiny_models`."""
+"""Tiny models of dense layers that differ from the plain ones (norms, windows, caps), for `tiny_models`."""
 
 from typing import Any
 
