@@ -80,7 +80,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": {**YARN, "attention_factor": 0}}, r"attention_factor \(0.0\) must be positive"),
         ({"rope_scaling": {**YARN, "beta_slow": 64}}, r"beta_slow \(64.0\) must be positive and at most beta_fast"),
         ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, r"original_context \(0\) must be positive"),
-        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, r"low_frequency_factor \(1.0\) must be positive and"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, r"low_frequency_factor \(1.0\) must be positive and"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "rope_scaling: low_freq_factor is missing"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, "dynamic scaling needs a dim"),
         ({"model_type": "mistral", "attention_bias": True}, "unknown key attention_bias"),

@@ -29,6 +29,7 @@ LLAMA3 = {
         pytest.param(1e4, 128, 4096, {"rope_type": "default"}, id="Llama-2"),
         pytest.param(5e5, 128, 131_072, LLAMA3, id="Llama-3.1"),
         pytest.param(5e5, 64, 131_072, {**LLAMA3, "factor": 32.0}, id="Llama-3.2"),
+        pytest.param(5e5, 128, 131_072, {**LLAMA3, "factor": 16.0, "high_freq_factor": 1.0}, id="Llama-4-Scout"),
         pytest.param(1e6, 128, 131_072, YARN, id="Qwen2.5-yarn"),
         pytest.param(1e6, 64, 131_072, {**YARN, "truncate": False}, id="yarn-not-truncated"),
         pytest.param(1e4, 128, 65_536, {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0}, id="yarn-mscale"),

@@ -52,10 +52,10 @@ class RopeScaling:
             raise ConfigError(f"rope scaling {self.kind}: factor ({self.factor}) must be at least 1")
         if self.original_context < 1:
             raise ConfigError(f"rope scaling {self.kind}: original_context ({self.original_context}) must be positive")
-        if self.kind == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
+        if self.kind == "llama3" and not 0 < self.low_frequency_factor <= self.high_frequency_factor:
             raise ConfigError(
-                f"rope scaling llama3: low_frequency_factor ({self.low_frequency_factor}) must be positive and less "
-                f"than high_frequency_factor ({self.high_frequency_factor})"
+                f"rope scaling llama3: low_frequency_factor ({self.low_frequency_factor}) must be positive and at most "
+                f"high_frequency_factor ({self.high_frequency_factor})"
             )
         if self.attention_factor is not None and not self.attention_factor > 0:
             raise ConfigError(f"rope scaling {self.kind}: attention_factor ({self.attention_factor}) must be positive")
@@ -168,6 +168,8 @@ def _llama3(frequencies: Floats, scaling: RopeScaling) -> Floats:
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     waves = np.float32(2 * math.pi) / frequencies
     stretched = frequencies / np.float32(scaling.factor)
+    if low == high:  # a step instead of a ramp
+        return np.where(waves < scaling.original_context / high, frequencies, stretched)
     keep = (np.float32(scaling.original_context) / waves - np.float32(low)) / np.float32(high - low)
     blended = (1 - keep) * frequencies / np.float32(scaling.factor) + keep * frequencies
     blended = np.where(waves > scaling.original_context / low, stretched, blended)

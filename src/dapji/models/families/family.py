@@ -172,15 +172,25 @@ class Sizes:
         )
 
 
-def sizes_from_hf(fields: Fields, *, default_n_kv_heads: int | None = None) -> Sizes:
-    """The common keys of config.json. head_dim is optional: hidden_size / num_attention_heads.
+def sizes_from_hf(
+    fields: Fields,
+    *,
+    default_n_kv_heads: int | None = None,
+    default_head_dim: int | None = None,
+    default_theta: float = 10_000.0,
+) -> Sizes:
+    """The common keys of config.json.
 
-    default_n_kv_heads: what transformers means by an absent num_key_value_heads; None: num_attention_heads.
+    Defaults: what transformers means by an absent key; None: num_key_value_heads is num_attention_heads, head_dim is
+    hidden_size / num_attention_heads.
     """
     dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = _head_dim(dim, n_heads) if "head_dim" not in fields else fields.integer("head_dim")
+    if default_head_dim is not None or "head_dim" in fields:
+        head_dim = fields.integer("head_dim", default_head_dim)
+    else:
+        head_dim = _head_dim(dim, n_heads)
     stated_context = fields.integer("max_position_embeddings")
-    rope = rope_from_hf(fields, head_dim=head_dim, stated_context=stated_context)
+    rope = rope_from_hf(fields, head_dim=head_dim, stated_context=stated_context, default_theta=default_theta)
     # LongChat and Vicuna scale by "linear" and say here how far that reaches
     longest = max(stated_context, fields.integer("max_sequence_length", stated_context))
     return Sizes(
@@ -199,9 +209,10 @@ def sizes_from_hf(fields: Fields, *, default_n_kv_heads: int | None = None) -> S
     )
 
 
-def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
-    """The inverse of `sizes_from_hf`."""
-    attention, feed_forward = uniform_layer(config)
+def sizes_to_hf(
+    config: ModelConfig, attention: AttentionConfig, hidden_dim: int, activation: Activation
+) -> dict[str, object]:
+    """The inverse of `sizes_from_hf`. attention: of any layer that has a rope."""
     if attention.rope is None or attention.rope.dim != attention.head_dim:
         raise ConfigError(f"config.json of {config.family} has no form for heads that are not rotated as a whole")
     return {
@@ -210,8 +221,8 @@ def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,
         "head_dim": attention.head_dim,
-        "intermediate_size": feed_forward.hidden_dim,
-        "hidden_act": TO_HF_ACTIVATION[feed_forward.activation],
+        "intermediate_size": hidden_dim,
+        "hidden_act": TO_HF_ACTIVATION[activation],
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
@@ -220,17 +231,25 @@ def sizes_to_hf(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def uniform_layer(config: ModelConfig) -> tuple[AttentionConfig, FeedForwardConfig]:
-    """Attention and feed-forward of the one layer that all are equal to, but for their windows."""
-    first = config.layers[0]
-    attention, feed_forward = first.attention, first.feed_forward
-    assert isinstance(attention, AttentionConfig)
-    assert isinstance(feed_forward, FeedForwardConfig)
+def uniform_attention(config: ModelConfig) -> AttentionConfig:
+    """That of all layers, but for their windows."""
+    first = config.layers[0].attention
+    assert isinstance(first, AttentionConfig)
     for i, layer in enumerate(config.layers):
         other = layer.attention
         if isinstance(other, AttentionConfig):
-            other = replace(other, window=attention.window)
-        if replace(layer, attention=other) != first:
+            other = replace(other, window=first.window)
+        if other != first:
+            raise ConfigError(f"{config.family} has no form for layers that differ: {i} is not as 0")
+    return first
+
+
+def uniform_layer(config: ModelConfig) -> tuple[AttentionConfig, FeedForwardConfig]:
+    """Attention and feed-forward of the one layer that all are equal to, but for their windows."""
+    attention, feed_forward = uniform_attention(config), config.layers[0].feed_forward
+    assert isinstance(feed_forward, FeedForwardConfig)
+    for i, layer in enumerate(config.layers):
+        if replace(layer, attention=config.layers[0].attention) != config.layers[0]:
             raise ConfigError(f"{config.family} has no form for layers that differ: {i} is not as 0")
     return attention, feed_forward
 

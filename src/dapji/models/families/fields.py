@@ -67,6 +67,14 @@ class Fields:
             raise self._wrong(key, "a list of strings")
         return value
 
+    def integers(self, key: str) -> list[int]:
+        value = self._get(key, None)
+        if not isinstance(value, list) or not all(
+            isinstance(item, int) and not isinstance(item, bool) for item in value
+        ):
+            raise self._wrong(key, "a list of integers")
+        return value
+
     def mapping(self, key: str) -> Fields:
         """The object at `key` as fields of its own."""
         value = self._get(key, None)

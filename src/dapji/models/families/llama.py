@@ -40,7 +40,11 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
             "config.json of llama has one attention_bias, "
             f"but qkv_bias is {attention.qkv_bias} and out_bias is {attention.out_bias}"
         )
-    return {**sizes_to_hf(config), "attention_bias": attention.qkv_bias, "mlp_bias": feed_forward.bias}
+    return {
+        **sizes_to_hf(config, attention, feed_forward.hidden_dim, feed_forward.activation),
+        "attention_bias": attention.qkv_bias,
+        "mlp_bias": feed_forward.bias,
+    }
 
 
 LLAMA = Family(

@@ -33,7 +33,10 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
         raise ConfigError("config.json of mistral has no form for biases")
     if len(set(windows(config))) > 1:
         raise ConfigError("config.json of mistral has no form for windows in some layers only")
-    return {**sizes_to_hf(config), "sliding_window": attention.window}
+    return {
+        **sizes_to_hf(config, attention, feed_forward.hidden_dim, feed_forward.activation),
+        "sliding_window": attention.window,
+    }
 
 
 MISTRAL = Family(

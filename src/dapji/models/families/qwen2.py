@@ -60,7 +60,7 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
     if len(sizes) > 1:
         raise ConfigError(f"config.json of qwen2 has one sliding_window, not {sorted(sizes)}")
     return {
-        **sizes_to_hf(config),
+        **sizes_to_hf(config, attention, feed_forward.hidden_dim, feed_forward.activation),
         "use_sliding_window": bool(sizes),
         "sliding_window": sizes.pop() if sizes else None,
         "max_window_layers": next((i for i, window in enumerate(every) if window is not None), config.n_layers),

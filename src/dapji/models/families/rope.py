@@ -34,7 +34,7 @@ def longest_context(scaling: RopeScaling | None, stated: int) -> int:
     return max(stated, int(scaling.factor * scaling.original_context))
 
 
-def rope_from_hf(fields: Fields, *, head_dim: int, stated_context: int) -> RopeConfig:
+def rope_from_hf(fields: Fields, *, head_dim: int, stated_context: int, default_theta: float = 10_000.0) -> RopeConfig:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before; "type" or "rope_type").
 
     As there, dynamic scaling starts at max_position_embeddings, and so do yarn and llama3 where
@@ -42,7 +42,7 @@ def rope_from_hf(fields: Fields, *, head_dim: int, stated_context: int) -> RopeC
     """
     fields.require("partial_rotary_factor", 1.0)
     fields.require("rope_interleaved", False)
-    theta = fields.number("rope_theta", 10_000.0)
+    theta = fields.number("rope_theta", default_theta)
     keys = [key for key in ("rope_parameters", "rope_scaling") if key in fields]
     if len(keys) == 2:
         raise ConfigError("config.json: rope_parameters and rope_scaling exclude each other")
