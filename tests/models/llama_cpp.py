@@ -1,0 +1,90 @@
+"""llama.cpp as an oracle: a process that loads GGUF files and says how likely it holds each next token.
+
+The library is that of PyPI's xllamacpp, in a process of its own, because it ends a process with whose file it
+disagrees. As a program this reads requests, a line of JSON each, and answers each with a line.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class RefusedError(Exception):
+    """llama.cpp does not load the file; what it said."""
+
+
+class LlamaCpp:
+    """Everything in float32. A context manager."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._talk = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close()
+
+    def log_probabilities(self, path: Path, prompts: Sequence[Sequence[int]], vocab_size: int) -> NDArray[np.float64]:
+        """[prompts, V] of the token after each prompt. Raises RefusedError."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._talk,
+                text=True,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        begin = self._talk.seek(0, 2)
+        self._process.stdin.write(json.dumps([str(path), vocab_size, [list(prompt) for prompt in prompts]]) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("[["):
+                return np.array(json.loads(line))
+        self._end()
+        self._talk.seek(begin)
+        lines = [line for line in self._talk.read().splitlines() if "error" in line.lower() or "fail" in line.lower()]
+        raise RefusedError("\n".join(lines[-8:]))
+
+    def close(self) -> None:
+        self._end()
+        self._talk.close()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
+            self._process = None
+
+
+def answer(path: str, vocab_size: int, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx = max(map(len, prompts)) + 16
+    parameters.n_parallel = 1
+    parameters.warmup = False
+    parameters.cpuparams.n_threads = 1  # more only wait for each other on so little
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(parameters)
+    answers = []
+    for prompt in prompts:
+        asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocab_size}
+        (choice,) = server.handle_completions(asked)["choices"]
+        row = [float("nan")] * vocab_size
+        for token in choice["logprobs"]["content"][0]["top_logprobs"]:
+            row[token["id"]] = token["logprob"]
+        answers.append(row)
+    return answers
+
+
+if __name__ == "__main__":
+    for request in sys.stdin:
+        print("\n" + json.dumps(answer(*json.loads(request))), flush=True)
