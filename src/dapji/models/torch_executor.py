@@ -61,7 +61,8 @@ class TorchExecutor:
         self.context = context
         self.n_blocks = n_blocks
         self._device = find_device(device)
-        self._weights = load_weights(tensors, device=self._device, dtype=_DTYPES[dtype])
+        used = {name: tensor for name, tensor in tensors.items() if not name.startswith("predictors.")}
+        self._weights = load_weights(used, device=self._device, dtype=_DTYPES[dtype])
         self._cache = TorchCache(kv_shapes(config), n_blocks, kv, self._device)
         self._tables = TorchTables(context, self._device)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -133,8 +134,14 @@ def sequence_logits(
 
 
 def load_weights(tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every weight dequantised to `dtype` on the device, under the same name."""
-    return {name: torch.tensor(tensor.float32(), dtype=dtype, device=device) for name, tensor in tensors.items()}
+    """Every weight dequantised to `dtype` on the device, under the same name; a selection bias to float32, since
+    bfloat16 would round away the differences that it chooses experts by."""
+
+    def load(name: str, tensor: Tensor) -> torch.Tensor:
+        kept = torch.float32 if name.endswith(".selection_bias") else dtype
+        return torch.tensor(tensor.float32(), dtype=kept, device=device)
+
+    return {name: load(name, tensor) for name, tensor in tensors.items()}
 
 
 def find_device(name: str) -> torch.device:
