@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-from tiny_models import EXECUTORS, ORIGINAL, TEXT, VOCAB, opened, oracle_logits, text, translated
+from tiny_models import DISTINCT, EXECUTORS, ORIGINAL, TEXT, VOCAB, opened, oracle_logits, text, translated
 
 from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
 from dapji.models.executor import Executor, open_executor
+from dapji.models.torch_executor import TorchExecutor
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.reference import KvFormat
 
@@ -55,8 +57,7 @@ def run(executor: Executor, sequences: list[Sequence]) -> None:
             s.past += n
 
 
-@pytest.mark.parametrize("kind", EXECUTORS)
-@pytest.mark.parametrize("name", ["llama-3.1", "mistral", "qwen2-window"])
+@pytest.mark.parametrize(("name", "kind"), DISTINCT)
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -74,8 +75,7 @@ def test_a_prompt_in_pieces_is_the_whole(name: str, kind: str, pieces: list[int]
     np.testing.assert_allclose(np.concatenate(sequence.logits), oracle_logits(name)[:80], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", EXECUTORS)
-@pytest.mark.parametrize("name", ["llama-3.1", "mistral"])
+@pytest.mark.parametrize(("name", "kind"), DISTINCT)
 def test_a_batch_is_each_sequence_alone(name: str, kind: str) -> None:
     """Prompt chunks and decode tokens side by side, blocks scattered over the cache."""
     config, tensors = translated(name)
@@ -91,6 +91,33 @@ def test_a_batch_is_each_sequence_alone(name: str, kind: str) -> None:
         alone = opened(kind, config, tensors, context=TEXT, kv="f32")
         want = alone.step(Batch.single(sequence.tokens))
         np.testing.assert_allclose(np.concatenate(sequence.logits), want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in DISTINCT if kind == "torch-cpu"])
+def test_what_a_cuda_graph_records_computes_the_same(name: str) -> None:
+    """On the CPU, where nothing is recorded: a token each of one to nine sequences, by the operations that would be."""
+    config, tensors = translated(name)
+    executor = opened("torch-cpu", config, tensors, context=TEXT, kv="f32", n_blocks=36)
+    assert isinstance(executor, TorchExecutor)
+    lengths = range(30, 57, 3)
+    blocks = np.arange(36, dtype=np.int32).reshape(9, 4)
+    for n in (1, 9):
+        sequences = [
+            Sequence(tokens=text(length + 1, seed=length), pieces=[length], blocks=mine)
+            for length, mine in zip(lengths[:n], blocks.tolist(), strict=False)
+        ]
+        run(executor, sequences)
+        batch = Batch(
+            tokens=np.array([s.tokens[-1] for s in sequences], dtype=np.int32),
+            positions=np.array(lengths[:n], dtype=np.int32),
+            starts=np.arange(n + 1, dtype=np.int32),
+            blocks=blocks[:n],
+            rows=np.arange(n, dtype=np.int32),
+        )
+        want = executor.step(batch)
+        with torch.inference_mode():
+            got = executor._decode(executor._ops(batch, 128))
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", EXECUTORS)
@@ -110,10 +137,10 @@ def test_rows_choose_whose_logits_are_given(kind: str) -> None:
     assert executor.step(Batch.single(text(40), all_rows=False)).shape == (1, VOCAB)
 
 
-@pytest.mark.parametrize("kind", EXECUTORS)
+@pytest.mark.parametrize(("name", "kind"), DISTINCT)
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
-def test_a_copied_block_continues_alike(kind: str, kv: KvFormat) -> None:
-    config, tensors = translated("llama-3.1")
+def test_a_copied_block_continues_alike(name: str, kind: str, kv: KvFormat) -> None:
+    config, tensors = translated(name)
     executor = opened(kind, config, tensors, context=TEXT, kv=kv, n_blocks=6)
     first = Sequence(tokens=text(30), pieces=[28, 1, 1], blocks=[0, 1])
     run(executor, [first])
