@@ -23,7 +23,7 @@ from dapji.errors import ConfigError, ContextError, ModelNotFound, RequestError,
 from dapji.model import CHAT_SAMPLING, Model, open_files
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import read_gguf, write_gguf
-from tiny import write_tiny
+from tiny import CHATML, THINKING, THOUGHTFUL, write_tiny
 
 HANGUL = "답".encode()
 SCRIPT: list[str | bytes] = ["It", " is", " a ", HANGUL[:1], HANGUL[1:2], HANGUL[2:], "지", "!", " \U0001f600", "."]
@@ -179,6 +179,55 @@ def test_complete_continues_text_and_takes_control_tokens_for_text(model: Model)
     assert reply.finish.usage.prompt == len(typed)  # the tiny vocabulary has a token for each of its bytes
     with pytest.raises(RequestError, match="at least one token"):
         model.complete("")
+
+
+def test_reasoning_stands_apart(tmp_path: Path) -> None:
+    """The prompt opens it, so the answer begins inside."""
+    with dapji.load(write_tiny(tmp_path / "tiny.gguf", THOUGHTFUL, template=THINKING), executor="reference") as model:
+        reply = model.chat(QUESTION, temperature=0)
+        assert list(reply) == ["42", "입니다."]
+        assert (reply.text, reply.reasoning) == ("42입니다.", "음, 생각")
+        reply = model.chat(QUESTION, temperature=0)
+        events = list(reply.events())
+        assert [type(event).__name__ for event in events] == ["Reasoning", "Reasoning", "Markup", "Content", "Content"]
+        assert "".join(event.text for event in events) == "".join(THOUGHTFUL)
+        assert "".join(model.complete("\n", temperature=0)) == "".join(THOUGHTFUL)  # no chat, no format
+        reply = model.chat(QUESTION, temperature=0, stop="생")
+        assert (list(reply), reply.reasoning) == ([], "음, ")
+
+
+LLAMA_TOOLS = CHATML + '{# tools "parameters": ipython #}'
+NOW = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_tool_calls_stand_apart(control: bool, tmp_path: Path) -> None:
+    """After a control token, which counts as a marker where it is one; typed, it is text."""
+    script = ["<|python_tag|>", '{"name": "now", ', '"parameters": {}}']
+    if not control:
+        script[:1] = ["<|python", "_tag|>"]
+    path = write_tiny(tmp_path / "tiny.gguf", script, template=LLAMA_TOOLS, control=["<|python_tag|>"])
+    with dapji.load(path, executor="reference") as model:
+        reply = model.chat(QUESTION, tools=NOW, temperature=0)
+        text = "".join(reply)
+        calls = [(call.name, call.arguments) for call in reply.tool_calls]
+        assert (text, calls) == (("", [("now", "{}")]) if control else ("".join(script), []))
+        assert "".join(model.chat(QUESTION, temperature=0)) == "".join(script[1:] if control else script)
+        stopped = model.chat(QUESTION, tools=NOW, temperature=0, stop='"parameters"')
+        assert "".join(stopped) == "".join(script)[: "".join(script).index('"param')], "what was held back is text"
+
+
+def test_tools_need_a_template_with_a_place_for_them(model: Model) -> None:
+    with pytest.raises(TemplateError, match=r"no place for tools.*\nhint: "):
+        model.chat(QUESTION, tools=NOW)
+
+
+def test_variables_reach_the_template(model: Model, tmp_path: Path) -> None:
+    template = CHATML + "{% if shout %}!\n{% endif %}"
+    with dapji.load(write_tiny(tmp_path / "tiny.gguf", SCRIPT, template=template), executor="reference") as model:
+        prompts = [model.chat(QUESTION, max_tokens=1, variables=given) for given in (None, {"shout": True})]
+        usages = [reply.finish.usage.prompt for reply in prompts if list(reply) and reply.finish is not None]
+        assert usages[1] == usages[0] + 2
 
 
 # Options

@@ -23,6 +23,10 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKING = CHATML.replace("assistant\n{%", "assistant\n<think>\n{%") + "{# </think> #}"
+"""Of a model that reasons; its answers begin inside."""
+THOUGHTFUL = ["음", ", 생각", "</think>", "\n\n", "42", "입니다."]
+"""For a model with that template."""
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTES = len(CONTROL)
 """Id of the token of byte 0."""
@@ -42,16 +46,26 @@ def alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def write_tiny(path: Path, script: Sequence[str | bytes], *, endless: bool = False, max_context: int = 4096) -> Path:
+def write_tiny(
+    path: Path,
+    script: Sequence[str | bytes],
+    *,
+    endless: bool = False,
+    max_context: int = 4096,
+    template: str = CHATML,
+    control: Sequence[str] = (),
+) -> Path:
     """The model whose answer is `script`, a token per item, over and over if `endless`. Gives `path`.
 
-    Text without a template is continued alike where it ends in a newline.
+    `control`: further control tokens, for the script to hold. The prompt must end in a newline; text without a template
+    is continued alike.
     """
     letters = alphabet()
     pieces = ["".join(letters[b] for b in (s.encode() if isinstance(s, str) else s)) for s in script]
     assert len(set(pieces)) == len(pieces), "an item has one successor, so it can appear once"
-    words = [piece for piece in pieces if len(piece) > 1]
-    tokens = [*CONTROL, *letters, *words]
+    words = [piece for piece in pieces if len(piece) > 1 and piece not in control]
+    tokens = [*CONTROL, *letters, *words, *control]
+    token_types = [3] * len(CONTROL) + [1] * (len(letters) + len(words)) + [3] * len(control)
     chain = [tokens.index(letters[ord("\n")]), *map(tokens.index, pieces)]
     assert len(set(chain)) == len(chain), "a newline alone begins the answer"
     chain.append(chain[1] if endless else tokens.index("<|im_end|>"))
@@ -88,12 +102,12 @@ def write_tiny(path: Path, script: Sequence[str | bytes], *, endless: bool = Fal
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array([3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL)), dtype=np.int32),
+        "tokenizer.ggml.token_type": np.array(token_types, dtype=np.int32),
         "tokenizer.ggml.merges": [],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHATML,
+        "tokenizer.chat_template": template,
     }
     write_gguf(path, metadata, [TensorToWrite.of(name, tensor) for name, tensor in named.items()])
     return path

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from dapji.engine import Engine, Finish, Logprobs, Request, Sampling, StopStrings
+from dapji.chat.formats import Content, Event, Parser, Reasoning, ToolCall
+from dapji.engine import Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
 from dapji.models.config import ModelConfig
@@ -150,7 +151,7 @@ class Model:
     @cached_property
     def template(self) -> ChatTemplate:
         """The model's own chat template. Raises TemplateError where it has none."""
-        from dapji.chat import ChatTemplate  # takes 30 ms with jinja2, which completing a text can do without
+        from dapji.chat import ChatTemplate
 
         return ChatTemplate.of(self.tokenizer)
 
@@ -186,27 +187,39 @@ class Model:
             raise RequestError(f"unknown option {min(unknown)!r}", hint=f"options: {names}")
         return asdict(Sampling(**(self._sampling | sampling))) | own
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Reply:
         """The answer to a conversation of {"role", "content"} messages; options as in `options`.
 
+        tools: what the model may call, each {"type": "function", "function": {"name", "description", "parameters"}}
+        with a JSON schema as parameters. variables: what else the template reads, such as enable_thinking.
         Raises TemplateError, RequestError, ContextError.
         """
-        return self._reply(self.template.prompt(messages), options, continuation=False)
+        rendered = self.template.render(messages, tools=tools, **(variables or {}))
+        parser = self.template.parser(rendered, tools=tools)
+        return self._reply(self.template.encode(rendered), options, parser, continuation=False)
 
     def complete(self, text: str, **options: Any) -> Reply:
         """What follows `text`, without a chat template: control tokens in it are plain text. Raises like `chat`."""
         bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
-        return self._reply(bos + self.tokenizer.encode(text), options, continuation=text != "")
+        return self._reply(bos + self.tokenizer.encode(text), options, Parser(), continuation=text != "")
 
-    def _reply(self, prompt: Sequence[int], options: Mapping[str, Any], *, continuation: bool) -> Reply:
+    def _reply(self, prompt: Sequence[int], options: Mapping[str, Any], parser: Parser, *, continuation: bool) -> Reply:
         """continuation: the answer goes on a text, so that a space at its beginning belongs to it."""
         chosen = self.options(**options)
         max_tokens, stop, logprobs = (chosen.pop(name) for name in ("max_tokens", "stop", "logprobs"))
-        text = _Text(Detokenizer(self.tokenizer, continuation=continuation), StopStrings(stop))
+        markers = {token: spelling for spelling, token in self.tokenizer.control.items() if parser.wants(spelling)}
+        text = _Text(Detokenizer(self.tokenizer, continuation=continuation), StopStrings(stop), markers)
         request = Request(
             prompt=prompt, max_tokens=max_tokens, sampling=Sampling(**chosen), stop=text.push, logprobs=logprobs
         )
-        return Reply(self.engine, request, text)
+        return Reply(self.engine, request, text, parser)
 
     def close(self) -> None:
         """Ends what still runs, frees the executor. May be repeated."""
@@ -222,35 +235,50 @@ class Model:
         self.close()
 
 
+class _Piece(NamedTuple):
+    text: str
+    control: bool
+    """The spelling of a control token that is a marker of the answer's format."""
+
+
 class _Text:
     """Turns the tokens of an answer into text, up to a stop string. Knows nothing of the `Reply`: the engine holds on
     to this, and a reply that is let go must end."""
 
-    def __init__(self, detokenizer: Detokenizer, stop: StopStrings) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: StopStrings, markers: Mapping[int, str]) -> None:
+        """`markers`: the control tokens that are kept."""
         self._detokenizer = detokenizer
         self._stop = stop
-        self.pieces: deque[str] = deque()
-        """One for each token pushed."""
+        self._markers = markers
+        self.pieces: deque[list[_Piece]] = deque()
+        """One list for each token pushed."""
 
     def push(self, token: int) -> bool:
         """Runs on the engine's thread, before the token's Output is delivered. True: a stop string was found."""
-        self.pieces.append(self._stop.feed(self._detokenizer.push(token)))
+        if token in self._markers:  # ends what may be a stop string, and a character that lacks bytes
+            self.pieces.append([*self.end(), _Piece(self._markers[token], True)])
+        else:
+            self.pieces.append([_Piece(self._stop.feed(self._detokenizer.push(token)), False)])
         return self._stop.found is not None
 
-    def end(self) -> str:
-        """What was held back, when no more tokens come; "" after a stop string."""
-        return self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
+    def end(self) -> list[_Piece]:
+        """What was held back, when no more tokens come; nothing after a stop string."""
+        return [_Piece(self._stop.feed(self._detokenizer.flush()) + self._stop.flush(), False)]
 
 
 class Reply(Iterator[str]):
-    """Text as it is generated, in pieces that never split a character. Letting it go ends the generation.
+    """The answer's content as it is generated, in pieces that never split a character; reasoning and tool calls apart.
 
+    Which is which tells the format of the model's chat template (docs/answers.md). Letting it go ends the generation.
     `Model.chat` and `Model.complete` make it.
     """
 
-    def __init__(self, engine: Engine, request: Request, text: _Text) -> None:
+    def __init__(self, engine: Engine, request: Request, text: _Text, parser: Parser) -> None:
         self.text = ""
-        """What has been passed on so far."""
+        """The content that has been passed on so far."""
+        self.reasoning = ""
+        """What the model wrote to itself before it answered."""
+        self.tool_calls: list[ToolCall] = []
         self.tokens: list[int] = []
         """Every generated token, an end token included."""
         self.logprobs: list[Logprobs] = []
@@ -258,24 +286,49 @@ class Reply(Iterator[str]):
         self.finish: Finish | None = None
         """Why and how it ended; None while it runs, and when it was closed before."""
         self._text = text
+        self._parser = parser
+        self._events: deque[Event] = deque()
         self._stream = engine.generate(request)
 
     def __next__(self) -> str:
-        """Waits for the next piece of text. Raises what ended the generation, if it was an error."""
-        while self.finish is None:
-            output = next(self._stream)
-            self.tokens.append(output.token)
-            if output.logprobs is not None:
-                self.logprobs.append(output.logprobs)
-            self.finish = output.finish
-            ended_by_token = self.finish is not None and self.finish.stop_token is not None
-            text = "" if ended_by_token else self._text.pieces.popleft()  # an end token has no text
-            if self.finish is not None:
-                text += self._text.end()
-            if text:
-                self.text += text
-                return text
+        """Waits for the next piece of content. Raises what ended the generation, if it was an error."""
+        for event in self.events():
+            if isinstance(event, Content):
+                return event.text
         raise StopIteration
+
+    def events(self) -> Iterator[Event]:
+        """Everything in the order of the answer, from where it has been read so far. Waits and raises as `__next__`."""
+        while True:
+            while self._events:
+                yield self._told(self._events.popleft())
+            output = None if self.finish is not None else next(self._stream, None)
+            if output is None:
+                return
+            self._read(output)
+
+    def _read(self, output: Output) -> None:
+        self.tokens.append(output.token)
+        if output.logprobs is not None:
+            self.logprobs.append(output.logprobs)
+        self.finish = output.finish
+        ended_by_token = self.finish is not None and self.finish.stop_token is not None
+        pieces = [] if ended_by_token else self._text.pieces.popleft()  # an end token has no text
+        if self.finish is not None:
+            pieces += self._text.end()
+        for piece in pieces:
+            self._events += self._parser.feed(piece.text, control=piece.control)
+        if self.finish is not None:
+            self._events += self._parser.finish()
+
+    def _told(self, event: Event) -> Event:
+        if isinstance(event, Content):
+            self.text += event.text
+        elif isinstance(event, Reasoning):
+            self.reasoning += event.text
+        elif isinstance(event, ToolCall):
+            self.tool_calls.append(event)
+        return event
 
     def close(self) -> None:
         """End the generation now."""

@@ -11,7 +11,7 @@ import pytest
 from in_process import Dapji, Result
 
 from dapji.cli.conversation import Conversation, Message
-from tiny import ANSWER
+from tiny import ANSWER, THINKING, THOUGHTFUL, write_tiny
 
 
 def turn(role: str, content: str) -> int:
@@ -57,6 +57,11 @@ def test_system_prompt_and_saved_conversation(tiny: Path, dapji: Dapji, tmp_path
     assert prompt_tokens(dapji(*arguments)) == turn("system", "짧게") + history
     assert prompt_tokens(dapji(*arguments, "--system", "아주 짧게")) == turn("system", "아주 짧게") + history
     assert prompt_tokens(dapji(*arguments, "--system", "")) == turn("system", "") + history
+
+
+def test_reasoning_is_not_in_the_answer(dapji: Dapji, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", THOUGHTFUL, template=THINKING)
+    assert dapji("chat", "-m", path, "--temperature", "0", "?") == Result(0, "42입니다.\n", "")
 
 
 def test_limit_of_tokens_is_told(endless: Path, dapji: Dapji) -> None:

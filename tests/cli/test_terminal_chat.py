@@ -15,11 +15,12 @@ from typing import Any
 import pexpect
 import pytest
 
+from dapji.chat.formats import Content, Event
 from dapji.cli.conversation import Conversation, Message
 from dapji.cli.terminal_chat import TerminalChat
 from dapji.errors import DapjiError, ModelNotFound
 from dapji.weights import store
-from tiny import ANSWER, COUNTING, write_tiny
+from tiny import ANSWER, COUNTING, THINKING, THOUGHTFUL, write_tiny
 
 ROUND = "".join(COUNTING)
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -127,6 +128,16 @@ def test_a_conversation(tiny: Path, tmp_path: Path, home: Path, open_chat: Calla
     chat.child.expect(pexpect.EOF)
 
 
+def test_reasoning_is_dim_and_not_kept(tmp_path: Path, open_chat: Callable[..., Terminal]) -> None:
+    model = write_tiny(tmp_path / "tiny.gguf", THOUGHTFUL, template=THINKING)
+    chat = open_chat("-m", model, "--temperature", "0")
+    assert chat.enter("?") == "음, 생각\n\n42입니다.\n"
+    assert "\x1b[2m, 생각\x1b[0m" in chat.seen.getvalue()
+    path = tmp_path / "talk.json"
+    chat.enter(f"/save {path}")
+    assert json.loads(path.read_text(encoding="utf-8"))["messages"][1]["content"] == "42입니다."
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_it(endless: Path, tmp_path: Path, open_chat: Callable[..., Terminal]) -> None:
     # Long enough that no machine is through before Ctrl-C comes, nor before the second answer.
     chat = open_chat("-m", endless, "--stats", "--context", "100000")
@@ -174,24 +185,23 @@ def test_no_colour_and_an_unwritable_store(tiny: Path, open_chat: Callable[..., 
     assert re.findall(r"\x1b\[(?:\d+;)*(?:2|[349]\d)(?:;\d+)*m", chat.seen.getvalue()) == []
 
 
-class Interrupted(Iterator[str]):
+class Interrupted:
     """A reply during which Ctrl-C arrives."""
 
     finish = None
     tokens = (1, 2)
+    reasoning = ""
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = iter(pieces)
         self.text = ""
         self.closed = False
 
-    def __next__(self) -> str:
-        try:
-            piece = next(self.pieces)
-        except StopIteration:
-            raise KeyboardInterrupt from None
-        self.text += piece
-        return piece
+    def events(self) -> Iterator[Event]:
+        for piece in self.pieces:
+            self.text += piece
+            yield Content(text=piece)
+        raise KeyboardInterrupt
 
     def close(self) -> None:
         self.closed = True

@@ -1,4 +1,4 @@
-"""`ChatTemplate`: messages to token ids, by the template that came with the model.
+"""`ChatTemplate`: messages to token ids, by the template that came with the model; and the parser for the answer.
 
 Control tokens stand only where the template's own text has them. Whatever the messages hold stays text, even where it
 spells a control token. Knows no model and no server: a message is a mapping, the result a list of ids.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dapji.chat.formats import AnswerFormat, Parser
 from dapji.chat.sandbox import TIME_LIMIT, Template
 from dapji.chat.written import Written
 from dapji.errors import TemplateError
@@ -72,21 +73,40 @@ class ChatTemplate:
             "documents": _plain(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._template(name, bool(tools)).render(values)
+        return self._template(self._chosen(name, bool(tools))).render(values)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of the conversation, the BOS included where the model wants one; options as in `render`.
 
         Raises TemplateError, or TokenizerError for text that is not Unicode.
         """
-        rendered = self.render(messages, **options)
+        return self.encode(self.render(messages, **options))
+
+    def encode(self, rendered: Written) -> list[int]:
+        """Token ids of what `render` gave, as `prompt` does it."""
         parts = self._tokenizer.split_control(str.__str__(rendered), where=rendered.all_by_template)
         first = next((part for part in parts if isinstance(part, int)), None)
         if self._tokenizer.add_bos and self._tokenizer.bos_id is not None and first != self._tokenizer.bos_id:
             parts.insert(0, self._tokenizer.bos_id)
         return self._tokenizer.encode_parts(parts)
 
-    def _template(self, name: str | None, with_tools: bool) -> Template:
+    def parser(
+        self, rendered: str, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None
+    ) -> Parser:
+        """Reads the answer to what `render` gave with these tools and this name.
+
+        Raises TemplateError where there are tools and the template has no place for them.
+        """
+        source = self._sources[self._chosen(name, bool(tools))]
+        if tools and "tools" not in source:
+            raise TemplateError(
+                "this model's chat template has no place for tools",
+                hint="describe them in a message, and look for calls in the answer's text",
+            )
+        return AnswerFormat.of(source).parser(rendered, tools=tools, control=self._tokenizer.control)
+
+    def _chosen(self, name: str | None, with_tools: bool) -> str:
+        """The name of the template to use."""
         if not self._sources:
             raise TemplateError(
                 "this model has no chat template, so nothing says how it wants conversations written",
@@ -98,9 +118,12 @@ class ChatTemplate:
                 f"this model has no chat template {wanted!r}, it has {', '.join(map(repr, self._sources))}",
                 hint="choose one of them by its name",
             )
-        if wanted not in self._compiled:
-            self._compiled[wanted] = Template(self._sources[wanted], seconds=self._seconds)
-        return self._compiled[wanted]
+        return wanted
+
+    def _template(self, name: str) -> Template:
+        if name not in self._compiled:
+            self._compiled[name] = Template(self._sources[name], seconds=self._seconds)
+        return self._compiled[name]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

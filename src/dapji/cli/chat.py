@@ -94,12 +94,11 @@ def _fetched(name: str) -> Path:
 
 def _answer(model: Model, conversation: Conversation, prompt: str, *, stats: bool) -> None:
     """One answer on stdout."""
-    from dapji.cli.conversation import Message, speed_line
+    from dapji.cli.conversation import Message, show, speed_line
 
     conversation.messages.append(Message("user", prompt))
     reply = model.chat(conversation.for_template(), **conversation.options)
-    for text in reply:
-        write(text)
+    show(reply)
     write("\n")
     if reply.finish is not None and reply.finish.reason == "length":
         click.echo("the answer was cut off at the limit of tokens", err=True)

@@ -50,6 +50,12 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def write_aside(text: str) -> None:
+    """A model's text that is no answer, dim on stderr and only where that is a terminal."""
+    if sys.stderr.isatty():
+        click.echo(click.style(text.translate(_VISIBLE), dim=True), err=True, nl=False, color=wants_colour())
+
+
 def read_stdin() -> str:
     """All of stdin as UTF-8, without one newline at its end (what `echo` adds). Raises UsageError."""
     data = sys.stdin.buffer.read()

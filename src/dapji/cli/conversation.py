@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from dapji.chat.formats import Content, Reasoning
+from dapji.cli.console import write, write_aside
 from dapji.cli.options import SAMPLING
 from dapji.errors import FormatError, UsageError
 from dapji.weights.files import replacing
@@ -94,6 +96,17 @@ class Conversation:
                 f"{source} is not a saved conversation: its messages are not questions and answers in turn"
             )
         return Conversation(messages=saved.messages, system=saved.system, options=saved.options)
+
+
+def show(reply: Reply) -> None:
+    """The answer on stdout as it is generated, reasoning beside it."""
+    for event in reply.events():
+        if isinstance(event, Reasoning):
+            write_aside(event.text)
+        elif isinstance(event, Content):
+            if reply.reasoning and reply.text == event.text:
+                write_aside("\n\n")
+            write(event.text)
 
 
 def speed_line(reply: Reply) -> str:

@@ -13,7 +13,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from dapji.cli.console import print_error, write
-from dapji.cli.conversation import Conversation, Message, speed_line
+from dapji.cli.conversation import Conversation, Message, show, speed_line
 from dapji.cli.options import SAMPLING
 from dapji.errors import ContextError, DapjiError, UsageError
 from dapji.weights import store
@@ -82,8 +82,7 @@ class TerminalChat:
         stopped = False
         try:
             reply = self.model.chat(asked, **self.conversation.options)
-            for piece in reply:
-                write(piece)
+            show(reply)
         except KeyboardInterrupt:
             stopped = True
             if reply is not None:
@@ -94,6 +93,7 @@ class TerminalChat:
             if reply is not None and (reply.text or reply.finish is not None):
                 self.conversation.messages += [Message("user", question), Message("assistant", reply.text)]
                 self.last = reply
+            if reply is not None and (reply.text or reply.reasoning or reply.finish is not None):
                 write("\n")
         if reply is not None and not reply.text:
             _say("(no answer)")

@@ -1,0 +1,43 @@
+"""Tool calls of GLM 4.5 and later, and of models that took the format over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dapji.chat.formats.parser import Calls
+from dapji.chat.formats.reader import Reader, Steps
+from dapji.chat.formats.values import text_argument
+
+_OPENER, _CLOSER = "<tool_call>", "</tool_call>"
+_KEY, _KEY_END, _VALUE, _VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlmCalls(Calls):
+    """`<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call>`, with white space between."""
+
+    @property
+    def openers(self) -> Sequence[str]:
+        return (_OPENER,)
+
+    @property
+    def markers(self) -> Sequence[str]:
+        return (_OPENER, _CLOSER, _KEY, _KEY_END, _VALUE, _VALUE_END)
+
+    def call(self, reader: Reader, opener: str) -> Steps[None]:
+        yield from reader.space()
+        name = yield from reader.name()
+        properties = reader.schemas.get(name, {}).get("properties", {})
+        arguments = []
+        yield from reader.space()
+        while (yield from reader.expect(_KEY, _CLOSER)) == _KEY:
+            key, _ = yield from reader.until(_KEY_END)
+            yield from reader.space()
+            yield from reader.expect(_VALUE)
+            value, _ = yield from reader.until(_VALUE_END)
+            key = key.strip()
+            arguments.append(f"{json.dumps(key, ensure_ascii=False)}: {text_argument(value, properties.get(key))}")
+            yield from reader.space()
+        reader.tool_call(name, "{" + ", ".join(arguments) + "}")
