@@ -14,10 +14,7 @@ from typing import Any
 import pytest
 
 from dapji.models.config import weight_shapes
-from dapji.models.families import config_from_hf
-from dapji.models.families.llama import LLAMA
-from dapji.models.families.mistral import MISTRAL
-from dapji.models.families.qwen2 import QWEN2
+from dapji.models.families import FAMILIES, config_from_hf
 
 FOLDER = Path(__file__).parent / "published"
 
@@ -43,11 +40,17 @@ PARAMETERS = {
     "qwen2.5-7b-instruct-yarn": 7_615_616_512,
     "qwen2.5-7b-instruct-1m": 7_615_616_512,
     "deepseek-r1-distill-qwen-7b": 7_615_616_512,
+    "exaone-3.0-7.8b-instruct": 7_818_448_896,
+    "exaone-3.5-2.4b-instruct": 2_405_327_360,
+    "exaone-3.5-7.8b-instruct": 7_818_448_896,
+    "exaone-3.5-32b-instruct": 32_003_200_000,
 }
 CONTEXTS = {
     "llama-2-7b": 4096,
     "llama-3.1-8b": 131_072,
     "vicuna-7b-v1.5-16k": 16_384,
+    "exaone-3.0-7.8b-instruct": 4096,
+    "exaone-3.5-7.8b-instruct": 32_768,
     "qwen2.5-0.5b-instruct": 32_768,
     "qwen2.5-7b-instruct-yarn": 131_072,
     "qwen2.5-7b-instruct-1m": 262_144,
@@ -77,7 +80,7 @@ def test_context(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_what_we_write_of_it_means_the_same(name: str) -> None:
     config = config_from_hf(published(name))
-    family = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}[config.family]
+    family = next(family for family in FAMILIES if family.name == config.family)
     assert config_from_hf({"model_type": family.name, **family.to_hf(config)}) == config
 
 

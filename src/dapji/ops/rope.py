@@ -28,9 +28,12 @@ class RopeScaling:
     text, as it is also defined, would turn the keys that are cached already by other angles than the new ones.)
     yarn: Peng et al. 2023, "YaRN: Efficient Context Window Extension of LLMs".
     llama3: three bands of wavelengths, as published with Llama 3.1.
+    longrope: Ding et al. 2024, "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens": a divisor for each
+    frequency, from one list or from another. Which one depends, as with dynamic, on the context that the executor is
+    opened for: the long one beyond original_context.
     """
 
-    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
     factor: float
     original_context: int
     """Length before scaling, in tokens."""
@@ -43,9 +46,13 @@ class RopeScaling:
     beta_slow: float = 1.0
     """yarn: one with fewer is divided by `factor`."""
     attention_factor: float | None = None
-    """yarn: factor on cos and sin; None: `yarn_attention_factor(factor)`."""
+    """yarn, longrope: factor on cos and sin; None: `yarn_attention_factor`, `longrope_attention_factor`."""
     truncate: bool = True
     """yarn: round the two band limits outwards to whole dimensions."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: dim/2 divisors of the frequencies in a context of up to original_context …"""
+    long_factors: tuple[float, ...] = ()
+    """… and in a longer one."""
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
@@ -57,6 +64,8 @@ class RopeScaling:
                 f"rope scaling llama3: low_frequency_factor ({self.low_frequency_factor}) must be positive and at most "
                 f"high_frequency_factor ({self.high_frequency_factor})"
             )
+        if self.kind == "longrope" and self.original_context < 2:
+            raise ConfigError(f"rope scaling longrope: original_context ({self.original_context}) must be at least 2")
         if self.attention_factor is not None and not self.attention_factor > 0:
             raise ConfigError(f"rope scaling {self.kind}: attention_factor ({self.attention_factor}) must be positive")
         if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
@@ -87,15 +96,21 @@ class RopeConfig:
         if self.frequency_factors is not None:
             if self.scaling is not None:
                 raise ConfigError(f"rope: frequency_factors and scaling ({self.scaling.kind}) exclude each other")
-            if len(self.frequency_factors) != self.dim // 2:
-                raise ConfigError(f"rope: {len(self.frequency_factors)} frequency_factors for dim/2 ({self.dim // 2})")
-            if wrong := [factor for factor in self.frequency_factors if not 0 < factor < math.inf]:
-                raise ConfigError(f"rope: frequency_factors must be positive and finite, not {wrong[0]}")
+            self._check_factors("frequency_factors", self.frequency_factors)
+        if self.scaling is not None and self.scaling.kind == "longrope":
+            self._check_factors("short_factors", self.scaling.short_factors)
+            self._check_factors("long_factors", self.scaling.long_factors)
+
+    def _check_factors(self, name: str, factors: tuple[float, ...]) -> None:
+        if len(factors) != self.dim // 2:
+            raise ConfigError(f"rope: {len(factors)} {name} for dim/2 ({self.dim // 2})")
+        if wrong := [factor for factor in factors if not 0 < factor < math.inf]:
+            raise ConfigError(f"rope: {name} must be positive and finite, not {wrong[0]}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RopeTable:
-    """cos and sin of every angle up to a context, already multiplied by yarn's attention factor."""
+    """cos and sin of every angle up to a context, already multiplied by the scaling's attention factor."""
 
     cos: Floats
     """[context, dim/2]"""
@@ -129,7 +144,8 @@ def rope_table(rope: RopeConfig, context: int) -> RopeTable:
 
 
 def rope_frequencies(rope: RopeConfig, context: int) -> Floats:
-    """Radians per token of each pair, [dim/2] float32, for an executor of this context (dynamic scaling needs it)."""
+    """Radians per token of each pair, [dim/2] float32, for an executor of this context (dynamic and longrope
+    scaling need it)."""
     scaling = rope.scaling
     theta = rope.theta
     if scaling is not None and scaling.kind == "dynamic":
@@ -139,10 +155,13 @@ def rope_frequencies(rope: RopeConfig, context: int) -> Floats:
     wavelengths: Floats = np.power(
         np.float32(theta), np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     )
-    if rope.frequency_factors is not None:
-        wavelengths = np.array(rope.frequency_factors, dtype=np.float32) * wavelengths
+    factors = rope.frequency_factors
+    if scaling is not None and scaling.kind == "longrope":
+        factors = scaling.long_factors if context > scaling.original_context else scaling.short_factors
+    if factors is not None:
+        wavelengths = np.array(factors, dtype=np.float32) * wavelengths
     frequencies: Floats = np.float32(1) / wavelengths
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None or scaling.kind in ("dynamic", "longrope"):
         return frequencies
     if scaling.kind == "linear":
         frequencies /= np.float32(scaling.factor)
@@ -157,10 +176,19 @@ def yarn_attention_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0
 
 
+def longrope_attention_factor(factor: float, original_context: int) -> float:
+    """The same of longrope."""
+    return math.sqrt(1 + math.log(factor) / math.log(original_context)) if factor > 1 else 1.0
+
+
 def _attention_factor(scaling: RopeScaling | None) -> float:
-    if scaling is None or scaling.kind != "yarn":
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
-    return yarn_attention_factor(scaling.factor) if scaling.attention_factor is None else scaling.attention_factor
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.kind == "yarn":
+        return yarn_attention_factor(scaling.factor)
+    return longrope_attention_factor(scaling.factor, scaling.original_context)
 
 
 def _llama3(frequencies: Floats, scaling: RopeScaling) -> Floats:

@@ -5,7 +5,7 @@ The functions here are what families share; each family's module says what is it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,8 +84,8 @@ class Family:
     gguf_architecture: str
     hf: Layout
     gguf: Layout
-    rope_freqs: bool = False
-    """In GGUF, frequency factors may be given as a tensor."""
+    rope_tensors: tuple[str, ...] = ()
+    """Those of ROPE_TENSORS that its GGUF files may have."""
     from_hf: Callable[[Fields], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, object]]
     """Everything but model_type and architectures."""
@@ -103,8 +103,9 @@ class GgufFacts:
 
     vocab_size: int
     names: Collection[str]
-    """Of its tensors, rope_freqs aside."""
-    frequency_factors: tuple[float, ...] | None
+    """Of its tensors, ROPE_TENSORS aside."""
+    rope_tensors: Mapping[str, tuple[float, ...]]
+    """Values of those that are there."""
 
     @property
     def tied_head(self) -> bool:
@@ -178,44 +179,57 @@ def sizes_from_hf(
     default_n_kv_heads: int | None = None,
     default_head_dim: int | None = None,
     default_theta: float = 10_000.0,
+    names: Mapping[str, str] | None = None,
+    read_rope: Callable[..., RopeConfig] = rope_from_hf,
 ) -> Sizes:
     """The common keys of config.json.
 
     Defaults: what transformers means by an absent key; None: num_key_value_heads is num_attention_heads, head_dim is
-    hidden_size / num_attention_heads.
+    hidden_size / num_attention_heads. names: what the family calls a key that is otherwise called so. read_rope: takes
+    what `rope_from_hf` takes.
     """
+    own = {key: key for key in _RENAMED} | dict(names or {})
     dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if default_head_dim is not None or "head_dim" in fields:
         head_dim = fields.integer("head_dim", default_head_dim)
     else:
         head_dim = _head_dim(dim, n_heads)
     stated_context = fields.integer("max_position_embeddings")
-    rope = rope_from_hf(fields, head_dim=head_dim, stated_context=stated_context, default_theta=default_theta)
+    rope = read_rope(fields, head_dim=head_dim, stated_context=stated_context, default_theta=default_theta)
     # LongChat and Vicuna scale by "linear" and say here how far that reaches
     longest = max(stated_context, fields.integer("max_sequence_length", stated_context))
     return Sizes(
         dim=dim,
-        n_layers=fields.integer("num_hidden_layers"),
+        n_layers=fields.integer(own["num_hidden_layers"]),
         n_heads=n_heads,
         n_kv_heads=fields.integer("num_key_value_heads", default_n_kv_heads or n_heads),
         head_dim=head_dim,
         hidden_dim=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", HF_ACTIVATIONS, "silu"),
+        activation=fields.choice(own["hidden_act"], HF_ACTIVATIONS, "silu"),
         vocab_size=fields.integer("vocab_size"),
         max_context=longest_context(rope.scaling, longest),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.number(own["rms_norm_eps"], 1e-6),
         tied_head=fields.boolean("tie_word_embeddings", False),
         rope=rope,
     )
 
 
+_RENAMED = ("num_hidden_layers", "hidden_act", "rms_norm_eps")
+"""Keys that some families call otherwise."""
+
+
 def sizes_to_hf(
-    config: ModelConfig, attention: AttentionConfig, hidden_dim: int, activation: Activation
+    config: ModelConfig,
+    attention: AttentionConfig,
+    hidden_dim: int,
+    activation: Activation,
+    *,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """The inverse of `sizes_from_hf`. attention: of any layer that has a rope."""
     if attention.rope is None or attention.rope.dim != attention.head_dim:
         raise ConfigError(f"config.json of {config.family} has no form for heads that are not rotated as a whole")
-    return {
+    written = {
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": attention.n_heads,
@@ -229,6 +243,7 @@ def sizes_to_hf(
         "tie_word_embeddings": config.tied_head,
         **rope_to_hf(attention.rope, max_context=config.max_context),
     }
+    return {(names or {}).get(key, key): value for key, value in written.items()}
 
 
 def uniform_attention(config: ModelConfig) -> AttentionConfig:
@@ -273,9 +288,7 @@ def sizes_from_gguf(fields: Fields, facts: GgufFacts) -> Sizes:
     stated_context = fields.integer("context_length")
     head_dim = fields.integer("attention.key_length") if "attention.key_length" in fields else _head_dim(dim, n_heads)
     fields.require("attention.value_length", head_dim)
-    rope = rope_from_gguf(
-        fields, head_dim=head_dim, stated_context=stated_context, frequency_factors=facts.frequency_factors
-    )
+    rope = rope_from_gguf(fields, head_dim=head_dim, stated_context=stated_context, tensors=facts.rope_tensors)
     return Sizes(
         dim=dim,
         n_layers=fields.integer("block_count"),

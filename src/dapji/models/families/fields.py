@@ -6,7 +6,9 @@ Knows neither which keys there are nor what they mean.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
+
+import numpy as np
 
 from dapji.errors import ConfigError
 
@@ -30,8 +32,20 @@ class Fields:
         self._nulls = own.keys() - self._values.keys()
         self._read: set[str] = set()
 
+    def assuming(self, values: Mapping[str, object]) -> Fields:
+        """The same, where a key that is absent, not null, means what it has in `values`."""
+        assumed = {self._prefix + key: value for key, value in values.items()}
+        own = {**dict.fromkeys(self._nulls), **self._values}
+        fields = Fields({**assumed, **own}, where=self._where, prefix=self._prefix)
+        fields._read = self._read
+        return fields
+
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self._values
+
+    def holds(self, key: str, *types: type) -> bool:
+        """Whether the key is there with a value of one of these types; for what may be written in several."""
+        return isinstance(self._values.get(self._prefix + key), types)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
@@ -45,9 +59,29 @@ class Fields:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+        if not _is_number(value):
             raise self._wrong(key, "a finite number")
         return float(value)
+
+    def optional_number(self, key: str, default: float | None) -> float | None:
+        """As `optional_integer`."""
+        if self._prefix + key in self._nulls or (default is None and key not in self):
+            self._read.add(self._prefix + key)
+            return None
+        return self.number(key, default)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        value = self._get(key, None)
+        if not isinstance(value, list) or not all(_is_number(item) for item in value):
+            raise self._wrong(key, "a list of finite numbers")
+        return tuple(map(float, value))
+
+    def booleans(self, key: str) -> list[bool]:
+        value = self._get(key, None)
+        items = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(items, list) or not all(isinstance(item, bool) for item in items):
+            raise self._wrong(key, "a list of true and false")
+        return items
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         value = self._get(key, default)
@@ -123,6 +157,10 @@ class Fields:
         return ConfigError(
             f"{self._where}: {self._prefix}{key} must be {expected}, not {self._values.get(self._prefix + key)!r}"
         )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def _one_of(choices: Iterable[str]) -> str:

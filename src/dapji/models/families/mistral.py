@@ -16,6 +16,7 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF_INTERLEAVED, HF
+from dapji.models.families.rope import ROPE_FREQS
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
@@ -45,7 +46,7 @@ MISTRAL = Family(
     gguf_architecture="llama",
     hf=HF,
     gguf=GGUF_INTERLEAVED,
-    rope_freqs=True,
+    rope_tensors=(ROPE_FREQS,),
     from_hf=_from_hf,
     to_hf=_to_hf,
     from_gguf=lambda fields, facts: config_from_gguf("mistral", fields, facts),

@@ -12,19 +12,19 @@ import numpy as np
 
 from dapji.errors import ConfigError
 from dapji.models.config import AttentionConfig, ModelConfig
+from dapji.models.families.exaone import EXAONE
 from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.mistral import MISTRAL
 from dapji.models.families.qwen2 import QWEN2
-from dapji.models.families.rope import gguf_frequency_factors
+from dapji.models.families.rope import ROPE_TENSORS, rope_tensors
 from dapji.ops.tensor import Tensor
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, EXAONE)
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
-_ROPE_FREQS = "rope_freqs.weight"
 _HF_RECOMPUTED = ".self_attn.rotary_emb.inv_freq"
 """Tensors that old checkpoints carry and that follow from the configuration."""
 
@@ -98,15 +98,15 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
     if embed not in tensors:
         raise ConfigError(f"missing tensor: {embed}")
     given = {name: tensors[name] for name in tensors}
-    factors = given.pop(_ROPE_FREQS, None)
+    ropes = {name: given.pop(name) for name in ROPE_TENSORS if name in given}
     fields = Fields(metadata, where="GGUF", prefix=f"{architecture}.")
     family = next(f for f in FAMILIES if f.gguf_architecture == architecture and f.reads_gguf(fields))
-    if factors is not None and not family.rope_freqs:
-        raise ConfigError(f"GGUF: {_ROPE_FREQS} is not supported in the architecture {architecture}")
+    if others := [name for name in ropes if name not in family.rope_tensors]:
+        raise ConfigError(f"GGUF: {others[0]} is not supported in the architecture {architecture}")
     facts = GgufFacts(
         vocab_size=given[embed].shape[0],
         names=given.keys(),
-        frequency_factors=None if factors is None else tuple(float(factor) for factor in factors.float32().ravel()),
+        rope_tensors={name: tuple(map(float, tensor.float32().ravel())) for name, tensor in ropes.items()},
     )
     config = family.from_gguf(fields, facts)
     return config, take(family.gguf.all_rules(config), given)
@@ -120,18 +120,17 @@ def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     for key, value in family.to_gguf(config).items():
         metadata[f"{family.gguf_architecture}.{key}"] = value
     named = give(family.gguf.all_rules(config), tensors)
-    factors = _frequency_factors(config)
-    if factors is not None:
-        if not family.rope_freqs:
+    for name, factors in _rope_tensors(config).items():
+        if name not in family.rope_tensors:
             raise ConfigError(f"GGUF has no form for this rope scaling in the architecture {family.gguf_architecture}")
-        named[_ROPE_FREQS] = Tensor.from_float32(_ROPE_FREQS, np.array(factors, dtype=np.float32))
+        named[name] = Tensor.from_float32(name, np.array(factors, dtype=np.float32))
     return metadata, named
 
 
-def _frequency_factors(config: ModelConfig) -> tuple[float, ...] | None:
+def _rope_tensors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
     """What the layers that have a rope need of them; to_gguf of the family has seen to it that they need the same."""
     ropes = [layer.attention.rope for layer in config.layers if isinstance(layer.attention, AttentionConfig)]
-    return next((gguf_frequency_factors(rope) for rope in ropes if rope is not None), None)
+    return next((rope_tensors(rope) for rope in ropes if rope is not None), {})
 
 
 def _family(config: ModelConfig) -> Family:
