@@ -171,7 +171,7 @@ def gguf_of(name: str) -> tuple[dict[str, Any], Tensors]:
         ({"llama.attention.causal": False}, "attention.causal = False is not supported, only True is"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
         ({"llama.attention.sliding_window": 7.5}, "sliding_window must be an integer, not 7.5"),
-        ({"llama.expert_count": 8}, r"experts \(expert_count = 8\) are not supported"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
         ({"llama.logit_scale": 2.0}, "GGUF: unknown key llama.logit_scale"),
         ({"llama.rope.dimension_count": 32}, r"rope: 8 frequency_factors for dim/2 \(16\)"),
         ({"llama.rope.scaling.type": "longrope"}, "missing tensor: rope_factors_long.weight"),

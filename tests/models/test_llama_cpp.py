@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_experts
 from llama_cpp import LlamaCpp
 from tiny_models import TEXT, TINY, VOCAB, oracle_logits, text, translated
 
@@ -29,6 +30,7 @@ LOGARITHM = 2e-3
 LACKING = {
     "mistral": "windows in the architecture llama",
     "llama-yarn-attention-factor": "yarn's beta_fast and beta_slow in the architecture llama",
+    **tiny_experts.LACKING,
 }
 """What the file says and llama.cpp does not read."""
 UNSAYABLE = {
@@ -36,6 +38,7 @@ UNSAYABLE = {
     "llama-dynamic": "no form for dynamic rope scaling",
     "llama-yarn-mscale": "no form for yarn with truncate = false",
     "qwen2-window": "no form for windows in some layers only",
+    **tiny_experts.UNSAYABLE,
 }
 """What GGUF has no form for, and we refuse to write."""
 PREFIXES = range(3, TEXT, 12)

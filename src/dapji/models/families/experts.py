@@ -5,7 +5,8 @@ Knows no model. Layers of experts may stand beside dense ones; of each there is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from typing import Literal
 
 from dapji.errors import ConfigError
@@ -52,6 +53,19 @@ def leading_dense(config: ModelConfig) -> int:
     return first
 
 
+def require_form(experts: ExpertsConfig, sayable: ExpertsConfig, where: str) -> None:
+    """Raises ConfigError, which names the first mechanism that differs, unless the two are equal.
+
+    sayable: the same as far as the file there can say it, and what its silence means.
+    """
+    parts = ((experts.routing, sayable.routing), (replace(experts, routing=sayable.routing), sayable))
+    for have, want in parts:
+        for field in fields_of(have):
+            value, other = getattr(have, field.name), getattr(want, field.name)
+            if value != other:
+                raise ConfigError(f"{where} has no form for experts with {field.name} = {value!r}, only {other!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufRouting:
     """How an architecture of GGUF routes, by `<architecture>.expert_*`."""
@@ -87,33 +101,34 @@ class GgufRouting:
         )
 
     def write(self, routing: Routing) -> dict[str, object]:
-        """The inverse. Raises ConfigError where the architecture cannot say something."""
-        if routing.weighs != self.weighs:
-            raise ConfigError(f"GGUF has no form here for experts whose weight multiplies their {routing.weighs}")
-        if routing.n_groups > 1 and routing.group_score != self.group_score:
-            raise ConfigError(f"GGUF has no form here for groups of experts scored by {routing.group_score!r}")
+        """The inverse, of a routing that `sayable` is equal to."""
         written: dict[str, object] = {
             "expert_count": routing.n_experts,
             "expert_used_count": routing.n_experts_per_token,
         }
+        if not self.stated:
+            return written
+        return {
+            **written,
+            "expert_gating_func": _GATING[routing.score],
+            "expert_weights_norm": routing.normalized,
+            "expert_weights_scale": routing.scale,
+            "expert_group_count": routing.n_groups,
+            "expert_group_used_count": routing.n_groups_per_token,
+        }
+
+    def sayable(self, routing: Routing) -> Routing:
+        """The same as far as such metadata can say it."""
         if self.stated:
-            return {
-                **written,
-                "expert_gating_func": _GATING[routing.score],
-                "expert_weights_norm": routing.normalized,
-                "expert_weights_scale": routing.scale,
-                "expert_group_count": routing.n_groups,
-                "expert_group_used_count": routing.n_groups_per_token,
-            }
-        for what, value, fixed in (
-            ("scores", routing.score, self.score),
-            ("normalized weights", routing.normalized, self.normalized),
-            ("a factor on weights", routing.scale, 1.0),
-            ("groups", routing.n_groups, 1),
-        ):
-            if value != fixed:
-                raise ConfigError(f"GGUF has no form here for experts with {what} = {value!r}, only for {fixed!r}")
-        return written
+            group_score = self.group_score if routing.n_groups > 1 else routing.group_score
+            return replace(routing, weighs=self.weighs, group_score=group_score)
+        return Routing(
+            n_experts=routing.n_experts,
+            n_experts_per_token=routing.n_experts_per_token,
+            score=self.score,
+            normalized=self.normalized,
+            weighs=self.weighs,
+        )
 
 
 def experts_from_gguf(fields: Fields, routing: GgufRouting, *, selection_bias: bool = False) -> ExpertsConfig:
@@ -129,14 +144,13 @@ def experts_from_gguf(fields: Fields, routing: GgufRouting, *, selection_bias: b
 
 
 def experts_to_gguf(experts: ExpertsConfig, routing: GgufRouting) -> dict[str, object]:
-    """The inverse of `experts_from_gguf`."""
-    if experts.activation != "silu":
-        raise ConfigError(f"GGUF: the activation {experts.activation} is not supported, only silu is")
+    """The inverse of `experts_from_gguf`. Raises ConfigError where the architecture cannot say something."""
     shared, rest = divmod(experts.shared_hidden_dim, experts.hidden_dim)
     if rest:
         raise ConfigError(
             f"GGUF has no form for a shared_hidden_dim ({experts.shared_hidden_dim}) that is no multiple of hidden_dim "
             f"({experts.hidden_dim})"
         )
+    require_form(experts, replace(experts, routing=routing.sayable(experts.routing), activation="silu"), "GGUF")
     written = {**routing.write(experts.routing), "expert_feed_forward_length": experts.hidden_dim}
     return {**written, "expert_shared_count": shared} if shared else written

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dapji.errors import ConfigError
-from dapji.models.config import ModelConfig
+from dapji.models.config import LayerConfig, ModelConfig
 from dapji.models.families.family import (
     HF_IGNORABLE,
     Family,
@@ -31,40 +31,57 @@ def _from_hf(fields: Fields) -> ModelConfig:
         plain = chunks.integer("original_max_position_embeddings")
         sizes = replace(sizes, max_context=min(sizes.max_context, plain))
         chunks.finish(ignorable=("chunk_size", "local_size"))
+    every = layer_windows(fields, sizes.n_layers)
+    fields.finish(HF_IGNORABLE)
+    attention = replace(sizes.attention, qkv_bias=True)
+    return sizes.model(
+        "qwen2",
+        tuple(
+            LayerConfig(attention=replace(attention, window=window), feed_forward=sizes.feed_forward)
+            for window in every
+        ),
+    )
+
+
+def layer_windows(fields: Fields, n_layers: int) -> list[int | None]:
+    """Of every layer: by layer_types, or else from max_window_layers on."""
     use_window = fields.boolean("use_sliding_window", False)
-    window = fields.optional_integer("sliding_window", 4096) if use_window else None
+    stated = fields.optional_integer("sliding_window", 4096)
+    window = stated if use_window else None
     first_windowed = fields.integer("max_window_layers", 28)
-    types = [_LAYER_TYPES[window is not None and i >= first_windowed] for i in range(sizes.n_layers)]
+    types = [_LAYER_TYPES[window is not None and i >= first_windowed] for i in range(n_layers)]
     if "layer_types" in fields:
         types = fields.strings("layer_types")
-        if len(types) != sizes.n_layers:
-            raise ConfigError(f"config.json: {len(types)} layer_types for num_hidden_layers ({sizes.n_layers})")
+        if len(types) != n_layers:
+            raise ConfigError(f"config.json: {len(types)} layer_types for num_hidden_layers ({n_layers})")
         if unknown := sorted(set(types) - set(_LAYER_TYPES)):
             raise ConfigError(f"config.json: layer_types {unknown[0]!r} is not supported")
         if window is None and "sliding_attention" in types:
             raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is false")
-    fields.finish((*HF_IGNORABLE, "sliding_window"))
-    layers = {
-        kind: sizes.layer(window=size, qkv_bias=True, out_bias=False, feed_forward_bias=False)
-        for kind, size in zip(_LAYER_TYPES, (None, window), strict=True)
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def layer_windows_to_hf(config: ModelConfig) -> dict[str, object]:
+    """The inverse."""
+    every = windows(config)
+    sizes = {window for window in every if window is not None}
+    if len(sizes) > 1:
+        raise ConfigError(f"config.json of {config.family} has one sliding_window, not {sorted(sizes)}")
+    return {
+        "use_sliding_window": bool(sizes),
+        "sliding_window": sizes.pop() if sizes else None,
+        "max_window_layers": next((i for i, window in enumerate(every) if window is not None), config.n_layers),
+        "layer_types": [_LAYER_TYPES[window is not None] for window in every],
     }
-    return sizes.model("qwen2", tuple(layers[kind] for kind in types))
 
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:
     attention, feed_forward = uniform_layer(config)
     if not attention.qkv_bias or attention.out_bias or feed_forward.bias:
         raise ConfigError("config.json of qwen2 has biases on q, k and v, and no form for others")
-    every = windows(config)
-    sizes = {window for window in every if window is not None}
-    if len(sizes) > 1:
-        raise ConfigError(f"config.json of qwen2 has one sliding_window, not {sorted(sizes)}")
     return {
         **sizes_to_hf(config, attention, feed_forward.hidden_dim, feed_forward.activation),
-        "use_sliding_window": bool(sizes),
-        "sliding_window": sizes.pop() if sizes else None,
-        "max_window_layers": next((i for i, window in enumerate(every) if window is not None), config.n_layers),
-        "layer_types": [_LAYER_TYPES[window is not None] for window in every],
+        **layer_windows_to_hf(config),
     }
 
 

@@ -18,11 +18,14 @@ from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.mistral import MISTRAL
+from dapji.models.families.mixtral import MIXTRAL
 from dapji.models.families.qwen2 import QWEN2
+from dapji.models.families.qwen3 import QWEN3
+from dapji.models.families.qwen3_moe import QWEN3_MOE
 from dapji.models.families.rope import ROPE_TENSORS, rope_tensors
 from dapji.ops.tensor import Tensor
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, EXAONE)
+FAMILIES = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, EXAONE)
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
 _HF_RECOMPUTED = ".self_attn.rotary_emb.inv_freq"
