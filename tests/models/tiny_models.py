@@ -129,8 +129,25 @@ def oracle(name: str) -> transformers.PreTrainedModel:
 @cache
 def translated(name: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The same model as `families` reads it from the folder that transformers writes."""
+    return read(oracle(name))
+
+
+@cache
+def oracle_gradients(name: str) -> tuple[float, dict[str, Tensor]]:
+    """The loss of LOSS_TEXTS and its gradients, which transformers writes and `families` reads as if they were the
+    weights: no layout changes a value."""
+    model = deepcopy(oracle(name))
+    tokens = torch.tensor(LOSS_TEXTS)
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    for parameter in model.parameters():  # an expert that no token went to has none
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return loss.item(), read(model)[1]
+
+
+def read(model: transformers.PreTrainedModel) -> tuple[ModelConfig, dict[str, Tensor]]:
     with TemporaryDirectory() as folder:
-        oracle(name).save_pretrained(folder)
+        model.save_pretrained(folder)
         checkpoint = open_checkpoint(Path(folder))
         config, tensors = families.from_hf(checkpoint.metadata, checkpoint.tensors)
         # copied: the folder goes away
@@ -147,6 +164,9 @@ def opened(name: str, config: ModelConfig, tensors: dict[str, Tensor], **options
 def text(length: int = TEXT, seed: int = 5) -> list[int]:
     ids: list[int] = np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
     return ids
+
+
+LOSS_TEXTS = [text(128), text(128, seed=6)]
 
 
 @cache
