@@ -64,7 +64,7 @@ def version() -> str:
     command = [require("llama-bench"), "--version"]
     output = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in (output.stdout + output.stderr).splitlines() if "version" in line]
-    return lines[0].strip() if lines else f"of {oracles.PACKAGE} {oracles.VERSION}"
+    return lines[0].strip() if lines else f"of {oracles.LLAMA_CPP.name} {oracles.LLAMA_CPP.version}"
 
 
 def build(variant: str) -> None:
@@ -72,7 +72,7 @@ def build(variant: str) -> None:
     if not source.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as name:
-            with tarfile.open(oracles.download(Path(name))) as archive:
+            with tarfile.open(oracles.download(oracles.LLAMA_CPP, Path(name))) as archive:
                 archive.extractall(Path(name) / "source", filter="data")
             (Path(name) / "source").rename(source)
     (project,) = source.glob("*/vendor/llama.cpp")

@@ -1,7 +1,7 @@
 """`Description`: everything that a `Tokenizer` needs to know about one vocabulary, whichever file it came from.
 
-`gguf` and `folder` produce it. Also the rules that both share: which spellings are control tokens and which control
-tokens end an answer. Knows no files.
+`gguf` and `folder` produce it. Also what they share: GPT-2's alphabet, which spellings are control tokens, and which
+control tokens end an answer. Knows no files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ END_TOKENS = frozenset(
         "<|im_end|>",
         "<|eot_id|>",
         "<|eom_id|>",
+        "<|eot|>",
+        "<|eom|>",
         "<|EOT|>",
         "<EOT>",
         "[EOT]",
@@ -30,6 +32,7 @@ END_TOKENS = frozenset(
         "<|call|>",
         "<end_of_turn>",
         "<turn|>",
+        "<|tool_response>",
         "<end_of_utterance>",
         "[|endofturn|]",
         "[e~[",
@@ -68,15 +71,28 @@ class Description:
     """By name; the usual one is `default`. Empty where the model has none."""
 
 
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's alphabet: byte -> the character that stands for it.
+
+    Printable bytes stand for themselves, the others for the code points from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 def looks_like_control(spelling: str) -> bool:
-    """Added tokens in <|…|> or <｜…｜> steer the model even where a tokenizer.json says `special: false`.
+    """Added tokens that steer the model even where a tokenizer.json says `special: false`: <|…|>, <｜…｜>, END_TOKENS.
 
     DeepSeek's <｜User｜> is such a one. llama.cpp's converter draws the same line when it writes GGUF.
-    <|> is an operator.
+    <|> is an operator, and </s> a tag of HTML, which Gemma has a token for.
     """
-    return len(spelling) > 4 and (
-        (spelling.startswith("<|") and spelling.endswith("|>"))
-        or (spelling.startswith("<｜") and spelling.endswith("｜>"))
+    return (spelling in END_TOKENS and spelling != "</s>") or (
+        len(spelling) > 4
+        and (
+            (spelling.startswith("<|") and spelling.endswith("|>"))
+            or (spelling.startswith("<｜") and spelling.endswith("｜>"))
+        )
     )
 
 

@@ -1,21 +1,26 @@
 """A tokenizer from a folder in the Hugging Face layout.
 
-tokenizer.json holds the vocabulary and the rules, tokenizer_config.json and special_tokens_map.json the special tokens
-and chat templates (or chat_template.jinja, chat_templates/*.jinja), generation_config.json the end tokens.
+tokenizer.json holds the vocabulary and the rules; without it a SentencePiece model (`tokenizer.model`), a tiktoken
+file (`tokenizer.model`, `tiktoken.model`) or tekken.json is read. tokenizer_config.json and special_tokens_map.json
+hold the special tokens and chat templates (or chat_template.jinja, additional_chat_templates/*.jinja),
+generation_config.json the end tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
 from dapji.errors import TokenizerError
-from dapji.tokenizer.description import END_TOKENS, Description, end_ids, looks_like_control
+from dapji.tokenizer import gguf, ranks, sentencepiece
+from dapji.tokenizer.description import Description, end_ids, looks_like_control
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -55,16 +60,20 @@ class _TokenizerJson(msgspec.Struct):
 
 def describe(folder: Path) -> Description:
     """Read `folder`. Raises TokenizerError where a file is missing, is no JSON, or holds something unsupported."""
+    config = _read(folder / "tokenizer_config.json") or {}
+    names = _special_tokens(_read(folder / "special_tokens_map.json") or {}) | _special_tokens(config)
     path = folder / "tokenizer.json"
     raw = _read(path)
-    if raw is None:
-        raise TokenizerError(
-            f"{folder} has no tokenizer.json",
-            hint="tokenizer.model and tiktoken files are not read; save_pretrained of transformers writes the other",
-        )
-    config = _read(folder / "tokenizer_config.json") or {}
-    generation = _read(folder / "generation_config.json") or {}
-    names = _special_tokens(_read(folder / "special_tokens_map.json") or {}) | _special_tokens(config)
+    description = _described_vocabulary(folder, config, names) if raw is None else _described(path, raw, config, names)
+    return dataclasses.replace(
+        description,
+        stop_ids=description.stop_ids | _end_ids(_read(folder / "generation_config.json") or {}, folder),
+        chat_templates=_chat_templates(folder, config),
+    )
+
+
+def _described(path: Path, raw: dict[str, Any], config: dict[str, Any], names: dict[str, str]) -> Description:
+    """What tokenizer.json says."""
     kind = raw["model"].get("type", "BPE") if isinstance(raw.get("model"), dict) else None
     if kind != "BPE":
         raise TokenizerError(f"{path}: the model is {kind!r}, only 'BPE' is supported")
@@ -73,39 +82,132 @@ def describe(folder: Path) -> Description:
     except msgspec.ValidationError as error:
         raise TokenizerError(f"{path}: {error}") from error
 
-    always_control = END_TOKENS | {names[name] for name in ("bos_token", "eos_token") if name in names}
     control: list[_AddedToken] = []
     text_tokens: list[_AddedToken] = []
     for token in parsed.added_tokens:
-        steers = token.special or token.content in always_control or looks_like_control(token.content)
-        (control if steers else text_tokens).append(token)
-        if steers and (token.single_word or not token.content):
-            raise TokenizerError(f"{path}: control token {token.content!r} is empty or has single_word, not supported")
+        (control if _steers(token, names) else text_tokens).append(token)
+    _check_control(path, control)
     control_ids = {token.content: token.id for token in control}
     pieces = _pieces(path, parsed)
     ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
     bos_id, eos_id = (ids.get(names.get(name, "")) for name in ("bos_token", "eos_token"))
     encoder = _encoder(path, raw, parsed.model, control_ids.keys(), text_tokens)
+    parts = _parts(parsed.decoder)
+    byte_level = any(part.type == "ByteLevel" for part in parts)
+    if not byte_level:
+        for token in text_tokens:  # Gemma's ▁▁, which stands for two spaces
+            pieces[token.id] = token.content.replace("▁", " ")
 
     return Description(
         encoder=encoder,
         continuing_encoder=_continuing(encoder),
         pieces=pieces,
         literal=frozenset(token.id for token in parsed.added_tokens),
-        byte_level=any(part.type == "ByteLevel" for part in _parts(parsed.decoder)),
+        byte_level=byte_level,
         space_prefix=any(
-            part.type == "Strip" or (part.type == "Metaspace" and part.prepend_scheme != "never")
-            for part in _parts(parsed.decoder)
+            part.type == "Strip" or (part.type == "Metaspace" and part.prepend_scheme != "never") for part in parts
         ),
         control=control_ids,
-        strips={token.id: (token.lstrip, token.rstrip) for token in control if token.lstrip or token.rstrip},
+        strips=_strips(control),
         special_tokens=names,
         bos_id=bos_id,
         eos_id=eos_id,
         add_bos=_adds_bos(path, config, raw.get("post_processor"), bos_id),
-        stop_ids=end_ids(control_ids) | _end_ids(generation, eos_id, folder),
-        chat_templates=_chat_templates(folder, config),
+        stop_ids=end_ids(control_ids) | ({eos_id} if eos_id is not None else set()),
+        chat_templates={},
     )
+
+
+def _described_vocabulary(folder: Path, config: dict[str, Any], names: dict[str, str]) -> Description:
+    """What a vocabulary without tokenizer.json says, with the tokens that tokenizer_config.json adds to it."""
+    metadata = _vocabulary(folder)
+    added = _added_tokens(folder, config, names)
+    _add(folder, metadata, added, names)
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    for name, key in gguf.SPECIAL_IDS.items():
+        if (spelling := names.get(key)) in tokens:
+            metadata[f"tokenizer.ggml.{name}"] = tokens.index(spelling)
+    description = gguf.describe(metadata)
+    control = [token for token in added if token.content in description.control]
+    _check_control(folder, control)
+    return dataclasses.replace(
+        description,
+        strips=_strips(control),
+        special_tokens=dict(description.special_tokens) | names,
+        add_bos=bool(config.get("add_bos_token", description.add_bos)),
+    )
+
+
+def _vocabulary(folder: Path) -> dict[str, Any]:
+    """GGUF metadata of the vocabulary beside which no tokenizer.json lies."""
+    for name in ("tekken.json", "tiktoken.model", "tokenizer.model"):
+        path = folder / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+        if name == "tekken.json":
+            return ranks.tekken_metadata(path, content)
+        # A SentencePiece model begins with its first piece, field 1; a tiktoken file with a letter of base64.
+        if content[:1] == b"\n":
+            return sentencepiece.metadata(path, content)
+        return ranks.tiktoken_metadata(path, content)
+    raise TokenizerError(
+        f"{folder} has no tokenizer.json, tokenizer.model, tiktoken.model or tekken.json",
+        hint="save_pretrained of transformers writes a tokenizer.json from other files",
+    )
+
+
+def _added_tokens(folder: Path, config: dict[str, Any], names: dict[str, str]) -> list[_AddedToken]:
+    """Tokens that tokenizer_config.json, or added_tokens.json in old folders, adds or renames, by id."""
+    old = _read(folder / "added_tokens.json") or {}
+    listed = config.get("added_tokens_decoder") or {i: {"content": content} for content, i in old.items()}
+    try:
+        return sorted(
+            (
+                msgspec.convert(token | {"id": int(i)}, _AddedToken, strict=False)
+                for i, token in msgspec.convert(listed, dict[int, dict[str, Any]], strict=False).items()
+            ),
+            key=lambda token: token.id,
+        )
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: {error}") from error
+
+
+def _add(folder: Path, metadata: dict[str, Any], added: list[_AddedToken], names: dict[str, str]) -> None:
+    """Give tokens that are added their places in the vocabulary."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"].tolist()
+    scores = metadata.get("tokenizer.ggml.scores")
+    if added and not 0 <= added[-1].id <= 2 * len(tokens) + 4096:
+        raise TokenizerError(f"{folder}: an added token has id {added[-1].id}, the vocabulary {len(tokens)} tokens")
+    for token in added:
+        while len(tokens) <= token.id:
+            tokens.append(f"[PAD{len(tokens)}]")
+            types.append(gguf.UNUSED)
+        tokens[token.id] = token.content
+        if types[token.id] not in (gguf.UNKNOWN, gguf.BYTE):
+            types[token.id] = gguf.CONTROL if _steers(token, names) else gguf.USER_DEFINED
+    metadata["tokenizer.ggml.token_type"] = np.array(types, dtype=np.int32)
+    if scores is not None:
+        metadata["tokenizer.ggml.scores"] = np.append(scores, np.zeros(len(tokens) - len(scores), dtype=np.float32))
+
+
+def _steers(token: _AddedToken, names: dict[str, str]) -> bool:
+    ends = {names.get("bos_token"), names.get("eos_token")}
+    return token.special or token.content in ends or looks_like_control(token.content)
+
+
+def _check_control(path: Path, control: Iterable[_AddedToken]) -> None:
+    for token in control:
+        if token.single_word or not token.content:
+            raise TokenizerError(f"{path}: control token {token.content!r} is empty or has single_word, not supported")
+
+
+def _strips(control: Iterable[_AddedToken]) -> dict[int, tuple[bool, bool]]:
+    return {token.id: (token.lstrip, token.rstrip) for token in control if token.lstrip or token.rstrip}
 
 
 def _encoder(
@@ -185,14 +287,14 @@ def _pieces(path: Path, parsed: _TokenizerJson) -> list[str | None]:
     return [ids.get(i) for i in range(max(ids) + 1)]
 
 
-def _end_ids(generation: dict[str, Any], eos_id: int | None, folder: Path) -> frozenset[int]:
-    """The end tokens of generation_config.json, an id or a list of them, and the tokenizer's own."""
+def _end_ids(generation: dict[str, Any], folder: Path) -> frozenset[int]:
+    """The end tokens of generation_config.json, an id or a list of them."""
     value = generation.get("eos_token_id")
     ids = set(value if isinstance(value, list) else [] if value is None else [value])
     for i in ids:
         if not isinstance(i, int) or i < 0:
             raise TokenizerError(f"{folder / 'generation_config.json'}: eos_token_id holds {i!r}, which is no token id")
-    return frozenset(ids | ({eos_id} if eos_id is not None else set()))
+    return frozenset(ids)
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import models, normalizers, pre_tokenizers
 
 from dapji.errors import TokenizerError
-from dapji.tokenizer.description import END_TOKENS, Description, end_ids, looks_like_control
+from dapji.tokenizer.description import Description, end_ids, looks_like_control
 from dapji.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 
 _MODELS = {
@@ -28,10 +28,11 @@ _MODELS = {
 }
 _Types = NDArray[Any]
 """[number of tokens]: the type of each, one of _TYPES."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Types of tokens, SentencePiece's numbers."""
 _TYPES = range(7)
 """0 is `undefined`; such tokens, and those of type `unused`, are never the outcome of encoding."""
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_SPECIAL_IDS = {  # key in the file (one misspelt there since ever) -> name that templates use
+SPECIAL_IDS = {  # key in the file (one misspelt there since ever) -> name that templates use
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
     "unknown_token_id": "unk_token",
@@ -40,7 +41,7 @@ _SPECIAL_IDS = {  # key in the file (one misspelt there since ever) -> name that
     "mask_token_id": "mask_token",
 }
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_MAX_PIECE = 1024
+MAX_PIECE = 1024
 """Characters. Every way to cut a piece in two is tried, so a longer one would be a way to keep us busy."""
 _LLAMA_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 
@@ -98,12 +99,12 @@ def describe(values: Mapping[str, Any]) -> Description:
     tokens = metadata.strings("tokens")
     types = metadata.numbers("token_type", len(tokens))
     if types is None:  # all of one kind, so only the spelling can tell what steers the model
-        types = np.array([_USER_DEFINED if looks_like_control(token) else _NORMAL for token in tokens])
+        types = np.array([USER_DEFINED if looks_like_control(token) else NORMAL for token in tokens])
     types = types.copy()  # `_mark_control` writes
     special = _special_ids(metadata, len(tokens), model)
     _check(tokens, types)
     _mark_control(tokens, types, special)
-    control = _of_type(tokens, types, _CONTROL, _UNKNOWN)
+    control = _of_type(tokens, types, CONTROL, UNKNOWN)
 
     add_bos, space_prefix = True, False
     if model == "gpt2":
@@ -118,19 +119,19 @@ def describe(values: Mapping[str, Any]) -> Description:
     else:
         encoder = _gemma4(tokens, types, metadata.strings("merges"))
     encoder.add_tokens(
-        [tokenizers.AddedToken(token, normalized=False) for token in _of_type(tokens, types, _USER_DEFINED)]
+        [tokenizers.AddedToken(token, normalized=False) for token in _of_type(tokens, types, USER_DEFINED)]
     )
 
     return Description(
         encoder=encoder,
         continuing_encoder=encoder,
         pieces=[token or None for token in tokens],
-        literal=frozenset(_indices(types, _CONTROL, _UNKNOWN, _USER_DEFINED)),
+        literal=frozenset(_indices(types, CONTROL, UNKNOWN, USER_DEFINED)),
         byte_level=model == "gpt2",
         space_prefix=space_prefix,
         control=control,
         strips={},
-        special_tokens={name: tokens[special[key]] for key, name in _SPECIAL_IDS.items() if key in special},
+        special_tokens={name: tokens[special[key]] for key, name in SPECIAL_IDS.items() if key in special},
         bos_id=special.get("bos_token_id"),
         eos_id=special.get("eos_token_id"),
         add_bos=metadata.get("add_bos_token", bool, add_bos),
@@ -153,7 +154,7 @@ def _special_ids(metadata: _Metadata, n_tokens: int, model: str) -> dict[str, in
     """Special ids by key, those that the file states and, for `llama`, SentencePiece's defaults."""
     defaults = _LLAMA_DEFAULTS if model == "llama" else {}
     ids: dict[str, int] = {}
-    for key in {*_SPECIAL_IDS, *_END_IDS}:
+    for key in {*SPECIAL_IDS, *_END_IDS}:
         value = metadata.get(key, int, defaults.get(key))
         if value is None:
             continue
@@ -185,12 +186,12 @@ def _of_type(tokens: list[str], types: _Types, *kinds: int) -> dict[str, int]:
 
 def _mark_control(tokens: list[str], types: _Types, special: Mapping[str, int]) -> None:
     """Set the type of tokens that steer the model but are typed otherwise: some converters took them for text."""
-    for i in _indices(types, _USER_DEFINED):
-        if tokens[i] in END_TOKENS or looks_like_control(tokens[i]):
-            types[i] = _CONTROL
+    for i in _indices(types, USER_DEFINED):
+        if looks_like_control(tokens[i]):
+            types[i] = CONTROL
     for key in ("bos_token_id", *_END_IDS):
         if key in special:
-            types[special[key]] = _CONTROL
+            types[special[key]] = CONTROL
 
 
 def _bpe(vocabulary: dict[str, int], merges: list[str], **options: bool) -> tokenizers.Tokenizer:
@@ -214,7 +215,7 @@ def _bpe(vocabulary: dict[str, int], merges: list[str], **options: bool) -> toke
 
 
 def _byte_level(tokens: list[str], types: _Types, merges: list[str], pre: PreTokenizer) -> tokenizers.Tokenizer:
-    vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED)
+    vocabulary = _of_type(tokens, types, NORMAL, USER_DEFINED)
     encoder = _bpe(vocabulary, merges, ignore_merges=pre.ignore_merges)
     if pre.nfc:
         encoder.normalizer = normalizers.NFC()
@@ -236,28 +237,27 @@ def _sentencepiece(
     """
     if scores is None:
         raise TokenizerError("tokenizer.ggml.scores is missing")
-    pieces = _of_type(tokens, types, _NORMAL)
+    pieces = _of_type(tokens, types, NORMAL)
     score_of = scores.tolist()
-    ranked: list[tuple[float, int, str, str]] = []
+    ranked: list[tuple[float, int, str, int]] = []
     for piece, i in pieces.items():
-        if len(piece) > _MAX_PIECE:
-            raise TokenizerError(f"tokenizer.ggml.tokens[{i}] has {len(piece)} characters, the limit is {_MAX_PIECE}")
+        if len(piece) > MAX_PIECE:
+            raise TokenizerError(f"tokenizer.ggml.tokens[{i}] has {len(piece)} characters, the limit is {MAX_PIECE}")
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                ranked.append((-score_of[i], -cut, left, right))
+            if piece[:cut] in pieces and piece[cut:] in pieces:
+                # Of equal scores, as runs of spaces have, the longest grows: the leftmost did so far.
+                ranked.append((-score_of[i], -len(piece), piece, -cut))
     ranked.sort()
-    vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED) | _bytes(tokens, types)
-    encoder = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=[pair[2:] for pair in ranked], byte_fallback=True)
-    )
+    vocabulary = _of_type(tokens, types, NORMAL, USER_DEFINED) | _bytes(tokens, types)
+    merges = [(piece[:-cut], piece[-cut:]) for _, _, piece, cut in ranked]
+    encoder = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     replace = normalizers.Replace(" ", "▁")
     encoder.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if space_prefix else replace
     return encoder
 
 
 def _gemma4(tokens: list[str], types: _Types, merges: list[str]) -> tokenizers.Tokenizer:
-    vocabulary = _of_type(tokens, types, _NORMAL, _USER_DEFINED) | _bytes(tokens, types)
+    vocabulary = _of_type(tokens, types, NORMAL, USER_DEFINED) | _bytes(tokens, types)
     encoder = _bpe(vocabulary, merges, byte_fallback=True)
     encoder.normalizer = normalizers.Replace(" ", "▁")
     encoder.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated")
@@ -266,7 +266,7 @@ def _gemma4(tokens: list[str], types: _Types, merges: list[str]) -> tokenizers.T
 
 def _bytes(tokens: list[str], types: _Types) -> dict[str, int]:
     """The 256 tokens that stand for one byte each."""
-    found = _of_type(tokens, types, _BYTE)
+    found = _of_type(tokens, types, BYTE)
     wanted = [f"<0x{byte:02X}>" for byte in range(256)]
     if missing := [spelling for spelling in wanted if spelling not in found]:
         raise TokenizerError(f"tokenizer.ggml.tokens has no token of type byte for {', '.join(missing[:8])}")

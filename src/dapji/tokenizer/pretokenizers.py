@@ -87,7 +87,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **_same("chatglm-bpe dbrx smaug-bpe", PreTokenizer(patterns=(_LLAMA3,))),
     **_same("qwen2 deepseek-r1-qwen", PreTokenizer(patterns=(_QWEN2,), nfc=True)),
     **_same("stablelm2 hunyuan megrez solar-open grok-2 kormo", PreTokenizer(patterns=(_QWEN2,))),
-    "qwen35": PreTokenizer(patterns=(_QWEN35,)),
+    "qwen35": PreTokenizer(patterns=(_QWEN35,), nfc=True),
     **_same("gpt-4o kanana2", PreTokenizer(patterns=(_GPT4O,))),
     "llama4": PreTokenizer(patterns=(_GPT4O,), ignore_merges=True),
     "minimax-m2": PreTokenizer(patterns=(_GPT4O,), nfc=True),

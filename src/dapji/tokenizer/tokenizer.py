@@ -14,19 +14,9 @@ from typing import Any
 
 from dapji.errors import TokenizerError
 from dapji.tokenizer import folder, gguf
-from dapji.tokenizer.description import Description
+from dapji.tokenizer.description import Description, byte_alphabet
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_alphabet() -> dict[int, int]:
-    """GPT-2's alphabet: code point of the character that stands for a byte -> that byte.
-
-    Printable bytes stand for themselves, the others for the code points from 256 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
 
 
 class Tokenizer:
@@ -35,10 +25,10 @@ class Tokenizer:
     def __init__(self, description: Description) -> None:
         self._description = description
         self._bytes: dict[int, bytes] = {}
-        self._alphabet = _byte_alphabet()
+        self._alphabet = {char: byte for byte, char in byte_alphabet().items()}
         pieces = set(description.pieces)
         self._known_bytes = bytes(
-            byte for code, byte in self._alphabet.items() if not description.byte_level or chr(code) in pieces
+            byte for char, byte in self._alphabet.items() if not description.byte_level or char in pieces
         )
         self._control_ids = frozenset(description.control.values())
         spellings = sorted(description.control, key=len, reverse=True)
@@ -51,7 +41,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Tokenizer:
-        """From a folder in the Hugging Face layout that holds a tokenizer.json. Raises TokenizerError."""
+        """From a folder in the Hugging Face layout: tokenizer.json or another vocabulary. Raises TokenizerError."""
         return cls(folder.describe(Path(path)))
 
     @property
@@ -163,7 +153,7 @@ class Tokenizer:
             return piece.encode()
         if self._description.byte_level:
             try:
-                return bytes(self._alphabet[ord(char)] for char in piece)
+                return bytes(self._alphabet[char] for char in piece)
             except KeyError:
                 return piece.encode()
         byte = _BYTE_PIECE.fullmatch(piece)

@@ -141,7 +141,8 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 _LAYOUT = re.compile(
     r"(generation_)?config\.json"
-    r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|(tokenizer|tiktoken)\.model|tekken\.json|vocab\.json|merges\.txt"
     r"|chat_template\.(jinja|json)"
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*"
     r"|dapji\.json"

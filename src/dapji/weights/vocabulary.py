@@ -17,27 +17,18 @@ import tokenizers
 from dapji.errors import TokenizerError
 from dapji.tokenizer import folder, gguf
 from dapji.tokenizer.description import Description, end_ids
+from dapji.tokenizer.gguf import BYTE, CONTROL, NORMAL, SPECIAL_IDS, UNKNOWN, UNUSED, USER_DEFINED
 from dapji.tokenizer.pretokenizers import PRE_TOKENIZERS
 
 MODEL_KEY = "tokenizer.ggml.model"
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-"""Token types of GGUF."""
-_SPECIAL_IDS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-    "sep_token": "seperator_token_id",  # misspelt in the format
-    "mask_token": "mask_token_id",
-}
 _PROBE = (
     "Hello, World!  It's 1234567.89 — we'LL don't DON'T\tcamelCaseHTTPServer snake_case x=y+1;//a/b\n\n  \n\r\n"
     "Ünïcode café ΑΩ Привет 한국어 문장과 日本語カタカナひらがな漢字 ไทยก็ हिन्दी العربية 🙂👩‍💻 ﬁ ½ ²³ ٣٤ "
     "\u1112\u1161\u11ab e\u0301 I'M they'd  trailing   \n $100%^&*() '' \"quotes\" <|tag|> [x] {y} ~`|\\ a1b2"
-    " ..//\n..  "
+    f" ..//\n..  {' ' * 40}x{' ' * 31}{chr(10) * 40}\t\t\t\t"
 )
-"""A text that the known pre-tokenizers cut differently."""
+"""A text that the known pre-tokenizers cut differently, with long runs of white space, which Gemma adds tokens for."""
 
 
 def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
@@ -71,7 +62,7 @@ def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
     keys["tokens"] = [f"[PAD{i}]" if piece is None else piece for i, piece in enumerate(pieces)]
     keys["token_type"] = np.array(types, dtype=np.int32)
     ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
-    for name, key in _SPECIAL_IDS.items():
+    for key, name in SPECIAL_IDS.items():
         spelling = description.special_tokens.get(name, "")
         if spelling in ids:
             keys[key] = ids[spelling]
@@ -82,6 +73,8 @@ def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
         raise TokenizerError(f"{path}: GGUF has room for 2 end tokens of unusual names, not for {own}")
     keys |= zip(("eot_token_id", "eom_token_id"), own, strict=False)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    if gguf.describe(metadata).encoder.encode(_PROBE).ids != description.encoder.encode(_PROBE).ids:
+        raise TokenizerError(f"{path}: the vocabulary has rules for which GGUF has no form")
     for name, template in description.chat_templates.items():
         metadata["tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}"] = template
     return metadata
@@ -89,14 +82,14 @@ def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
 
 def _type(i: int, piece: str | None, description: Description) -> int:
     if piece is None:
-        return _UNUSED
+        return UNUSED
     if piece == description.special_tokens.get("unk_token") and not description.byte_level:
-        return _UNKNOWN
+        return UNKNOWN
     if description.control.get(piece) == i:
-        return _CONTROL
+        return CONTROL
     if i in description.literal:
-        return _USER_DEFINED
-    return _BYTE if not description.byte_level and len(piece) == 6 and piece.startswith("<0x") else _NORMAL
+        return USER_DEFINED
+    return BYTE if not description.byte_level and len(piece) == 6 and piece.startswith("<0x") else NORMAL
 
 
 def _pre_name(encoder: tokenizers.Tokenizer, path: Path) -> str:
@@ -126,25 +119,28 @@ def _scores(
     """SentencePiece's scores, of which only the order matters: the rank of the first merge that makes the piece.
 
     SentencePiece joins any two neighbours whose union is a piece, the best score first; a list of merges says the same
-    only if it has every way to write a piece as two, all ways of one piece in a row.
+    only if it has every way to write a piece as two, all ways of one piece in a row. Merges of added tokens do not
+    count: these are found before anything is joined.
     """
+    normal = {piece for piece, kind in zip(pieces, types, strict=True) if piece is not None and kind == NORMAL}
     ranks: dict[str, int] = {}
     previous = ""
     n_ways = 0
     for left, right in merges:
         piece = left + right
+        if not normal >= {left, right, piece}:
+            continue
         if piece != previous and piece in ranks:
             raise TokenizerError(f"{path}: the merges of {piece!r} are not in a row, for which GGUF has no form")
         n_ways += 1
         ranks.setdefault(piece, len(ranks))
         previous = piece
-    normal = {piece for piece, kind in zip(pieces, types, strict=True) if piece is not None and kind == _NORMAL}
     all_ways = sum(piece[:cut] in normal and piece[cut:] in normal for piece in normal for cut in range(1, len(piece)))
     if n_ways != all_ways:
         raise TokenizerError(f"{path}: {n_ways} merges, SentencePiece would have {all_ways}; GGUF has no form for it")
     scores = np.zeros(len(pieces), dtype=np.float32)
     for i, spelling in enumerate(pieces):
-        if spelling is not None and types[i] == _NORMAL:
+        if spelling is not None and types[i] == NORMAL:
             scores[i] = -ranks.get(spelling, len(ranks))
     return scores
 
@@ -160,7 +156,7 @@ def huggingface_files(metadata: Mapping[str, Any]) -> dict[str, object]:
     pieces = {
         i: piece
         for i, piece in enumerate(description.pieces)
-        if piece is not None and (types is None or types[i] != _UNUSED)
+        if piece is not None and (types is None or types[i] != UNUSED)
     }
     model: dict[str, Any] = written["model"]
     model["vocab"] = {piece: i for i, piece in pieces.items()}
