@@ -138,6 +138,7 @@ def oracle_gradients(name: str) -> tuple[float, dict[str, Tensor]]:
     """The loss of LOSS_TEXTS and its gradients, which transformers writes and `families` reads as if they were the
     weights: no layout changes a value."""
     model = deepcopy(oracle(name))
+    model.get_input_embeddings().padding_idx = None  # no token here is padding, whose row would get no gradient
     tokens = torch.tensor(LOSS_TEXTS)
     loss = model(tokens, labels=tokens, use_cache=False).loss
     loss.backward()
