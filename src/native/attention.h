@@ -32,38 +32,46 @@ struct KvView {
   const std::int32_t* table;  // [n] the sequence's blocks by position / 16
 };
 
+// How far back a row sees; 0: there is no such limit.
+struct Reach {
+  int window;  // itself and window - 1 positions before
+  int chunk;   // those of its own chunk of so many positions, from position 0 on
+
+  // The first position that a row at `position` sees.
+  DAPJI_INLINE int first(int position) const {
+    const int near = window == 0 || position < window ? 0 : position - window + 1;
+    const int own = chunk == 0 ? 0 : position - position % chunk;
+    return near > own ? near : own;
+  }
+};
+
 // One work item: consecutive query rows of one sequence against one kv head.
 struct AttentionItem {
   KvView kv;
-  const float* q;      // first query row, first query head of this kv head; not yet rotated
+  const float* q;      // first query row, first query head of this kv head; not yet transformed
   std::size_t stride;  // floats from query row to query row, in q and out
   float* out;          // like q; null: leave the segments unmerged in `partials`
-  const float* cos;    // [context, rope_dim/2], by position
-  const float* sin;
-  int rope_dim;  // of each head, 0: no rotation
+  HeadTransform query;
   int n_rows;    // query rows, n_rows * group <= kMaxQueryRows
   int group;     // query heads of this kv head, each Dh floats, side by side
   int position;  // of the first query row
-  int window;    // a row sees itself and window - 1 positions before; 0: all
-  float scale;   // of the scores
+  Reach reach;
+  float scale;               // of the scores
+  const float* temperature;  // [context] factor of the scores by the row's position, or null
+  float softcap;             // of the scores, 0: none
   int segment, end_segment;  // to attend to; where there is an `out`, all that a row sees
   float* partials;           // [end_segment - segment] of attention_partial_floats, where there is no `out`
 };
 
-constexpr int kQueryPart = 64;      // dimensions that lie together of a rotated query
+constexpr int kQueryPart = 64;      // dimensions that lie together of a transformed query
 constexpr int kMaxQueryRows = 168;  // query rows x heads that share one pass over K and V
-
-// The first segment with a key that a row at `position` sees.
-DAPJI_INLINE int first_segment(int position, int window) {
-  return window == 0 || position < window ? 0 : (position - window + 1) / kKvSegment;
-}
 
 // Floats of one partial state: (max, sum) of each row, then acc [rows][Dp].
 DAPJI_INLINE std::size_t attention_partial_floats(int rows, int padded) {
   return static_cast<std::size_t>(rows) * (2 + padded);
 }
 
-// Floats of a rotated query.
+// Floats of a transformed query.
 DAPJI_INLINE std::size_t query_floats(int head_dim) {
   return static_cast<std::size_t>(head_dim + kQueryPart - 1) / kQueryPart * kQueryPart;
 }
@@ -88,13 +96,14 @@ struct Attention {
 
   // ---- the cache's layout ----
 
-  // One token's key and value [Dh] of one kv head into `slot` of its tile; the key is rotated by cos, sin
-  // [rope_dim/2]. Slot 0 clears the values of the other slots: what an earlier owner left there will be multiplied by
-  // probability 0, which is not 0 for an infinity. scratch: [Dh].
-  static void write_kv(const KvTile& tile, std::byte* data, int slot, const float* k, const float* v, const float* cos,
-                       const float* sin, int rope_dim, float* scratch) {
+  // The key and value [Dh] of the token at `position` of one kv head into its tile; the key is transformed. A tile's
+  // first token clears the values of the others: what an earlier owner left there will be multiplied by probability 0,
+  // which is not 0 for an infinity. scratch: [2 Dh].
+  static void write_kv(const KvTile& tile, std::byte* data, int position, const float* k, const float* v,
+                       const HeadTransform& key, float* scratch) {
+    const int slot = position % kKvBlock;
     if (slot == 0) std::memset(data + tile.v, 0, tile.bytes - tile.v);
-    RowOps<S>::rotate(k, cos, sin, rope_dim, tile.head_dim, 1.0f, scratch);
+    RowOps<S>::transform(key, k, position, tile.head_dim, 1.0f, scratch, scratch + tile.head_dim);
     const int n_panels = tile.padded / kLanes;
     for (int panel = 0; panel < n_panels; ++panel) {
       const int d = panel * kLanes;
@@ -161,6 +170,7 @@ struct Attention {
   }
 
  private:
+  static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLowest = -1e30f;  // below every score; finite, so that differences are never NaN
   static constexpr int kSegmentBlocks = kKvSegment / kKvBlock, kTileBlocks = kKvTile / kKvBlock;
   // A product's tile of registers: kRows x kVectors sums, beside them the vectors of one factor and one of the other. A
@@ -421,7 +431,7 @@ struct Attention {
     float* sum;        // [rows]
     float* total_max;  // [rows]
     float* total_sum;  // [rows]
-    float* q;          // [Dh / kQueryPart][kMaxQueryRows][kQueryPart] rotated and scaled
+    float* q;          // [Dh / kQueryPart][kMaxQueryRows][kQueryPart] transformed and scaled
     int rows;
 
     State(float* scratch, int n_rows, const KvTile& tile) : rows(n_rows) {
@@ -453,10 +463,22 @@ struct Attention {
 
   // What any of the rows sees. Blocks before all windows are not read: they may have been given back.
   static DAPJI_INLINE Blocks seen(const AttentionItem& item, int segment, int row, int n_rows) {
-    const int first = item.position + row / item.group - segment * kKvSegment;
+    const int first = item.position + row / item.group;
     const int last = item.position + (row + n_rows - 1) / item.group - segment * kKvSegment;
-    const int oldest = item.window == 0 || first < item.window ? 0 : first - item.window + 1;
-    return Blocks{oldest / kKvBlock, last < 0 ? 0 : last / kKvBlock + 1}.within({0, kSegmentBlocks});
+    const int oldest = item.reach.first(first) - segment * kKvSegment;
+    return Blocks{oldest < 0 ? 0 : oldest / kKvBlock, last < 0 ? 0 : last / kKvBlock + 1}.within({0, kSegmentBlocks});
+  }
+
+  // Softcap of the scores of these blocks.
+  static DAPJI_INLINE void cap(float softcap, int n_rows, Blocks blocks, float* scores) {
+    const float scaled = softcap * kLog2E;
+    const F most = S::set(scaled), inverse = S::set(1.0f / scaled);
+    for (int i = 0; i < n_rows; ++i, scores += kKvSegment) {
+      for (int b = blocks.from; b < blocks.to; ++b) {
+        float* const at = scores + b * kKvBlock;
+        S::store(at, dapji::softcap<S>(S::load(at), most, inverse));
+      }
+    }
   }
 
   // Hides what of the block at `position` a row does not see: its score becomes -infinity.
@@ -467,12 +489,12 @@ struct Attention {
         inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,  inf,
         -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf};
     const int first = item.position + row / item.group, last = item.position + (row + n_rows - 1) / item.group;
-    if (position + kKvBlock - 1 <= first && (item.window == 0 || position > last - item.window)) return;
+    if (position + kKvBlock - 1 <= first && position >= item.reach.first(last)) return;
     const auto lane = [](int i) { return i < -1 ? -1 : i > kLanes - 1 ? kLanes - 1 : i; };
     for (int i = 0; i < n_rows; ++i, scores += kKvSegment) {
-      const int own = item.position + (row + i) / item.group - position;
-      F limit = S::load(kEdges + 2 * kLanes - 1 - lane(own));
-      if (item.window != 0) limit = S::min(limit, S::load(kEdges + kLanes - 1 - lane(own - item.window)));
+      const int own = item.position + (row + i) / item.group, oldest = item.reach.first(own);
+      const F limit = S::min(S::load(kEdges + 2 * kLanes - 1 - lane(own - position)),
+                             S::load(kEdges + kLanes - 1 - lane(oldest - 1 - position)));
       S::store(scores, S::min(S::load(scores), limit));
     }
   }
@@ -484,15 +506,14 @@ struct Attention {
     const std::size_t dim = tile.head_dim, padded = tile.padded;
     const State state(scratch, rows, tile);
 
-    constexpr float kLog2E = 1.44269504f;
     for (int row = 0; row < rows; ++row) {
       const int position = item.position + row / item.group;
-      const std::size_t angles = static_cast<std::size_t>(position) * (item.rope_dim / 2);
-      float* const rotated = state.acc;
-      RowOps<S>::rotate(item.q + row / item.group * item.stride + row % item.group * dim, item.cos + angles,
-                        item.sin + angles, item.rope_dim, tile.head_dim, item.scale * kLog2E, rotated);
+      const float scale = item.scale * kLog2E * (item.temperature == nullptr ? 1.0f : item.temperature[position]);
+      float* const query = state.scores;
+      RowOps<S>::transform(item.query, item.q + row / item.group * item.stride + row % item.group * dim, position,
+                           tile.head_dim, scale, query, query + query_floats(tile.head_dim));
       for (std::size_t d = 0; d < dim; d += kQueryPart) {
-        std::memcpy(state.q + d * kMaxQueryRows + row * kQueryPart, rotated + d, sizeof(float) * kQueryPart);
+        std::memcpy(state.q + d * kMaxQueryRows + row * kQueryPart, query + d, sizeof(float) * kQueryPart);
       }
     }
 
@@ -574,6 +595,7 @@ struct Attention {
           multiply<n, n_blocks, kQueries>(state.q + row * kQueryPart, dim, keys, false, scores + first * kKvBlock,
                                           kKvSegment);
         });
+        if (item.softcap != 0) cap(item.softcap, n, mine, scores);
         for (int b = mine.from; b < mine.to; ++b) {
           mask(item, (segment * kSegmentBlocks + b) * kKvBlock, row, n, scores + b * kKvBlock);
         }
@@ -624,8 +646,8 @@ struct Attention {
 // What a program calls between its matrix products, of one instruction set. None allocates, throws or starts a thread.
 struct RowKernels {
   void (*norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
-  void (*write_kv)(const KvTile& tile, std::byte* data, int slot, const float* k, const float* v, const float* cos,
-                   const float* sin, int rope_dim, float* scratch);
+  void (*write_kv)(const KvTile& tile, std::byte* data, int position, const float* k, const float* v,
+                   const HeadTransform& key, float* scratch);
   void (*attend)(const AttentionItem& item, float* scratch);
   void (*combine)(const float* partials, int n_segments, int group, const KvTile& tile, float* out, float* scratch);
 };

@@ -37,6 +37,13 @@ using Result = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 std::vector<float> copied(const Floats& values) { return {values.data(), values.data() + values.size()}; }
 
+using NormTuple = std::pair<Floats, float>;  // (weight, eps)
+
+std::optional<Norm> converted(const std::optional<NormTuple>& norm) {
+  if (!norm) return std::nullopt;
+  return Norm{copied(norm->first), norm->second};
+}
+
 KvFormat parse_kv(const std::string& name) {
   if (name == "f32") return KvFormat::f32;
   if (name == "f16") return KvFormat::f16;
@@ -267,8 +274,18 @@ NB_MODULE(_native, m) {
             return program.add_rope(cos.data(), sin.data(), static_cast<int>(cos.shape(1)) * 2);
           },
           "cos"_a, "sin"_a)
-      .def("add_attention", &Program::add_attention, "q"_a, "k"_a, "v"_a, "output"_a, "layer"_a, "n_heads"_a,
-           "window"_a, "rope"_a, "scale"_a)
+      .def(
+          "add_attention",
+          [](Program& program, int q, int k, int v, int output, int layer, int n_heads, int rope, float scale,
+             int window, int chunk, float softcap, const std::optional<Floats>& temperature,
+             const std::optional<NormTuple>& q_norm, const std::optional<NormTuple>& k_norm) {
+            program.add_attention(q, k, v, output,
+                                  {layer, n_heads, rope, scale, {window, chunk}, softcap,
+                                   temperature ? copied(*temperature) : std::vector<float>{}, converted(q_norm),
+                                   converted(k_norm)});
+          },
+          "q"_a, "k"_a, "v"_a, "output"_a, "layer"_a, "n_heads"_a, "rope"_a, "scale"_a, "window"_a, "chunk"_a,
+          "softcap"_a, "temperature"_a.none(), "q_norm"_a.none(), "k_norm"_a.none())
       .def("add_select", &Program::add_select, "buffers"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,
            "logits"_a.noconvert())

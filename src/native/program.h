@@ -24,6 +24,9 @@
 
 namespace dapji {
 
+// Throws std::invalid_argument.
+[[noreturn]] void refuse(const std::string& what);
+
 // The arrays of dapji.ops.batch.Batch; owned by the caller of step().
 struct BatchView {
   const std::int32_t* tokens;     // [T]
@@ -60,6 +63,17 @@ struct Norm {
   float eps;
 };
 
+// Of grouped attention, query head h reading kv head h / (n_heads / kv heads of the layer).
+struct AttentionSettings {
+  int layer, n_heads;
+  int rope;  // table by which q and k are rotated, -1: they are not
+  float scale;
+  Reach reach;
+  float softcap;                       // 0: none
+  std::vector<float> temperature;      // [context] or empty
+  std::optional<Norm> q_norm, k_norm;  // [Dh], of each head before it is rotated
+};
+
 class Program {
  public:
   static constexpr int kLogits = -1;  // the output of the whole program, [R, V]
@@ -82,8 +96,8 @@ class Program {
   // cos, sin: [context, dim/2], copied. Returns the number of the table.
   int add_rope(const float* cos, const float* sin, int dim);
 
-  // Rotates q and k by table `rope` (-1: not), writes k and v to the cache of `layer`, attends; window 0: all.
-  void add_attention(int q, int k, int v, int output, int layer, int n_heads, int window, int rope, float scale);
+  // Norms and rotates q and k, writes k and v to the cache, attends.
+  void add_attention(int q, int k, int v, int output, AttentionSettings settings);
 
   // Keeps of these buffers the batch's rows; what follows has R rows, and nothing else may be read any more.
   void add_select(std::vector<int> buffers);
@@ -130,11 +144,9 @@ class Program {
     std::vector<Range> chunks;             // small shares, for many rows
   };
   struct Attend {
-    int q, k, v, output, layer;
-    int n_heads, n_kv_heads, head_dim;
-    int window;
-    int rope;
-    float scale;
+    int q, k, v, output;
+    int n_kv_heads, head_dim;
+    AttentionSettings settings;
   };
   struct Select {
     std::vector<int> buffers;
@@ -178,6 +190,7 @@ class Program {
   // rows.from: a multiple of the tile of `quantized`.
   void multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized, const float* x,
                 Worker& mine);
+  HeadTransform transform(const Attend& op, const std::optional<Norm>& norm) const;
   KvView kv_view(const Attend& op, int sequence, int head);
   void write_kv(const Attend& op, int sequence, int token, int head, Worker& mine);
   float* partial(const Segments& segments, int segment, int head, std::size_t size);
@@ -199,7 +212,7 @@ class Program {
   std::size_t attention_floats_ = 0;
   std::size_t partial_floats_ = 0;  // of one segment, all kv heads
   int query_rows_ = kMaxQueryRows;  // rows of a query tile
-  int window_ = -1;      // how far back any layer looks; 0: to the start
+  std::vector<Reach> reaches_;  // of all layers, each once
 
   // Of the current step.
   std::mutex mutex_;

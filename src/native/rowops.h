@@ -9,6 +9,15 @@
 
 namespace dapji {
 
+// What a head of q or k goes through before the two are multiplied: a norm, then a rotation. Nothing is owned.
+struct HeadTransform {
+  const float* norm;  // [Dh] weight; null: not normed
+  float eps;
+  const float* cos;  // [context, rope_dim/2], by position
+  const float* sin;
+  int rope_dim;  // rotated values, 0: none
+};
+
 template <class S>
 struct RowOps {
   using F = typename S::F;
@@ -60,6 +69,17 @@ struct RowOps {
       const int n = head_dim - i < kLanes ? head_dim - i : kLanes;
       S::store(out + i, S::mul(s, S::load(x + i, n)), n);
     }
+  }
+
+  // out = scale * the transformed x [head_dim] at `position`. scratch: [head_dim]; out and scratch are not x.
+  DAPJI_INLINE static void transform(const HeadTransform& by, const float* x, int position, int head_dim, float scale,
+                                     float* out, float* scratch) {
+    if (by.norm != nullptr) {
+      norm(x, by.norm, by.eps, head_dim, scratch);
+      x = scratch;
+    }
+    const std::int64_t angles = static_cast<std::int64_t>(position) * (by.rope_dim / 2);
+    rotate(x, by.cos + angles, by.sin + angles, by.rope_dim, head_dim, scale, out);
   }
 };
 

@@ -68,6 +68,33 @@ DAPJI_INLINE typename S::F exp(typename S::F x) {
   return S::mul(p, S::as_float(S::template shl32<23>(S::add_int(rest, bias))));
 }
 
+/// tanh x within 3 ulp; NaN stays.
+template <class S>
+DAPJI_INLINE typename S::F tanh(typename S::F x) {
+  // By m = e^2x - 1: tanh x = m / (m + 2). m = 2^n (e^r - 1) + (2^n - 1) loses nothing near 0, where n is 0.
+  x = S::min(S::set(20.0f), S::max(S::set(-20.0f), S::add(x, x)));
+  const typename S::I n = S::to_int(S::mul(x, S::set(1.44269504f)));
+  const typename S::F nf = S::to_float(n);
+  typename S::F r = S::fma(nf, S::set(-0.693359375f), x);  // as in exp
+  r = S::fma(nf, S::set(2.12194440e-4f), r);
+  typename S::F p = S::set(1.0f / 5040);
+  p = S::fma(p, r, S::set(1.0f / 720));
+  p = S::fma(p, r, S::set(1.0f / 120));
+  p = S::fma(p, r, S::set(1.0f / 24));
+  p = S::fma(p, r, S::set(1.0f / 6));
+  p = S::fma(p, r, S::set(0.5f));
+  p = S::fma(S::mul(p, r), r, r);
+  const typename S::F power = S::as_float(S::template shl32<23>(S::add_int(n, S::set_int(127))));
+  const typename S::F m = S::fma(power, p, S::sub(power, S::set(1.0f)));
+  return S::div(m, S::add(m, S::set(2.0f)));
+}
+
+/// cap tanh(x / cap), given 1 / cap.
+template <class S>
+DAPJI_INLINE typename S::F softcap(typename S::F x, typename S::F cap, typename S::F inverse) {
+  return S::mul(cap, tanh<S>(S::mul(x, inverse)));
+}
+
 /// x / (1 + e^-x)
 template <class S>
 DAPJI_INLINE typename S::F silu(typename S::F x) {

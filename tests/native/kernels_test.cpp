@@ -265,7 +265,8 @@ Results norm(Isa isa) {
   return results;
 }
 
-Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim) {
+// extras: norms of q and k, softcap, temperatures and chunks.
+Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim, bool extras = false) {
   Random random;
   Results results;
   constexpr int context = 330, blocks = 21, group = 3;  // two segments of positions
@@ -276,43 +277,49 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim) {
   for (int i = 0; i < blocks; ++i) table[static_cast<std::size_t>(i)] = (5 * i + 3) % blocks;
   Scratch space = scratch(sizeof(float) * (attention_scratch_floats(head_dim, tile.padded)));
 
-  // Rotated keys, and values.
+  // Keys, rotated (and normed), and values.
   const auto angles = static_cast<std::size_t>(rope_dim / 2), dim = static_cast<std::size_t>(head_dim);
   const std::vector<float> cos = random.reals(context * angles), sin = random.reals(context * angles);
+  const std::vector<float> q_norm = random.reals(extras ? dim : 0), k_norm = random.reals(extras ? dim : 0);
+  const std::vector<float> temperature = random.reals(extras ? context : 0);
+  const auto transform = [&](const std::vector<float>& norm) {
+    return HeadTransform{extras ? norm.data() : nullptr, 1e-5f, cos.data(), sin.data(), rope_dim};
+  };
   for (int position = 0; position < context; ++position) {
     const std::vector<float> k = random.reals(dim), v = random.reals(dim);
-    const std::size_t at = static_cast<std::size_t>(position) * angles;
-    kernel.write_kv(tile, cache.at(0, table[static_cast<std::size_t>(position / kKvBlock)], 0), position % kKvBlock,
-                    k.data(), v.data(), cos.data() + at, sin.data() + at, rope_dim, space.data());
+    kernel.write_kv(tile, cache.at(0, table[static_cast<std::size_t>(position / kKvBlock)], 0), position, k.data(),
+                    v.data(), transform(k_norm), space.data());
   }
   results.add(cache.at(0, 0, 0), tile.bytes * blocks);
 
-  const auto item = [&](const std::vector<float>& q, std::vector<float>& out, int position, int rows, int window) {
+  const auto item = [&](const std::vector<float>& q, std::vector<float>& out, int position, int rows, Reach reach) {
     AttentionItem one{};
     one.kv = {&tile, cache.at(0, 0, 0), cache.block_stride(), table.data()};
     one.q = q.data();
     one.out = out.data();
     one.stride = group * dim;
-    one.cos = cos.data();
-    one.sin = sin.data();
-    one.rope_dim = rope_dim;
+    one.query = transform(q_norm);
     one.n_rows = rows;
     one.group = group;
     one.position = position;
-    one.window = window;
+    one.reach = reach;
     one.scale = 2.0f / static_cast<float>(std::sqrt(head_dim));
-    one.segment = first_segment(position, window);
+    one.temperature = extras ? temperature.data() : nullptr;
+    one.softcap = extras ? 0.75f : 0.0f;
+    one.segment = reach.first(position) / kKvSegment;
     one.end_segment = (position + rows - 1) / kKvSegment + 1;
     return one;
   };
   struct Query {
-    int position, rows, window;
+    int position, rows;
+    Reach reach;
   };
-  for (const Query query : {Query{0, 3, 0}, {250, 9, 100}, {310, 5, 0}, {329, 1, 0}}) {
+  const Reach limited = extras ? Reach{100, 40} : Reach{100, 0};
+  for (const Query& query : {Query{0, 3, {}}, {250, 9, limited}, {310, 5, {}}, {329, 1, {}}}) {
     const std::size_t size = static_cast<std::size_t>(query.rows) * group * dim;
     const std::vector<float> q = random.reals(size);
     std::vector<float> out(size);
-    AttentionItem whole = item(q, out, query.position, query.rows, query.window);
+    AttentionItem whole = item(q, out, query.position, query.rows, query.reach);
     kernel.attend(whole, space.data());
     results.add(out);
     if (query.rows > 1) continue;
@@ -367,7 +374,7 @@ Results program(Isa isa, int threads) {
                       product(Format::IQ4_NL, kv_dim, dim, v)});
   const std::vector<float> cos = random.reals(context * head_dim / 2), sin = random.reals(context * head_dim / 2);
   const int rope = program.add_rope(cos.data(), sin.data(), head_dim);
-  program.add_attention(q, k, v, mixed, 0, heads, 0, rope, 0.25f);
+  program.add_attention(q, k, v, mixed, {0, heads, rope, 0.25f, {}, 0, {}, std::nullopt, std::nullopt});
   program.add_linear(mixed, std::nullopt, {product(Format::F16, dim, dim, x, Kind::add)});
   program.add_linear(x, norm,
                      {product(Format::Q4_1, hidden, dim, gated),
@@ -435,6 +442,7 @@ std::vector<Case> cases() {
     const std::string what = std::string("attention ") + name;
     all.push_back({what + ", heads of 72", [=](Isa isa) { return attention(isa, kv, 72, 40); }});
     all.push_back({what + ", heads of 32, unrotated", [=](Isa isa) { return attention(isa, kv, 32, 0); }});
+    all.push_back({what + ", extras", [=](Isa isa) { return attention(isa, kv, 72, 40, true); }});
   }
   all.push_back({"read", read});
   all.push_back({"program", [](Isa isa) {

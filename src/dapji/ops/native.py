@@ -220,8 +220,8 @@ class _Lowering:
     """Fuses nodes and gives them buffers.
 
     norm: into every linear that reads it. add(x, linear): the product is added to x where it lies. gated(linear,
-    linear): the second product multiplies the activation of the first where that lies. rope: into attention, which
-    rotates as it reads. Linears that read one value next to each other become one operation.
+    linear): the second product multiplies the activation of the first where that lies. norm_heads and rope: into
+    attention, which norms and rotates as it reads. Linears that read one value next to each other become one operation.
     """
 
     def __init__(self, nodes: Sequence[Node], output: Node) -> None:
@@ -253,7 +253,7 @@ class _Lowering:
             elif node.op == "attention":
                 self._attention(node, emit)
             else:
-                assert node.op in ("norm", "rope", "add", "gated"), node.op
+                assert node.op in ("norm", "norm_heads", "rope", "add", "gated"), node.op
         self._flush(pending, emit)
 
     def _product(self, node: Node) -> _Product:
@@ -265,7 +265,7 @@ class _Lowering:
         if user.op == "gated":
             kind = "store" if user.inputs[0] is node else "gate"
             return _Product(node=node, result=user, kind=kind, activation=user.arguments["activation"])
-        assert user.op in ("rope", "attention"), f"a linear read by {user.op} cannot be fused"
+        assert user.op in ("norm_heads", "rope", "attention"), f"a linear read by {user.op} cannot be fused"
         return _Product(node=node, result=node, kind="store", activation="silu")
 
     def _flush(self, pending: list[_Product], emit: Callable[..., None]) -> None:
@@ -291,15 +291,15 @@ class _Lowering:
         pending.clear()
 
     def _attention(self, node: Node, emit: Callable[..., None]) -> None:
-        sources, tables = [], []
-        for x in node.inputs:
-            sources.append(x.inputs[0] if x.op == "rope" else x)
-            tables.append(x.arguments["table"] if x.op == "rope" else None)
-        assert tables[0] is tables[1]
-        assert tables[2] is None
+        q, k, v = node.inputs
+        (q, q_norm, table), (k, k_norm, key_table) = _transformed(q), _transformed(k)
+        assert table is key_table
+        sources = (q, k, v)
         output = self._take(node)
-        q, k, v = (self._buffer(source) for source in sources)
-        emit("attention", q, k, v, output, tables[0], node.arguments["layer"], node.arguments["attention"])
+        emit(
+            "attention", *map(self._buffer, sources), output, table, q_norm, k_norm,
+            node.arguments["layer"], node.arguments["attention"],
+        )  # fmt: skip
         for source in sources:
             self._give_back(source)
 
@@ -320,6 +320,16 @@ class _Lowering:
 
     def _give_back(self, node: Node) -> None:
         self._free[node.width].append(self._buffer(node))
+
+
+def _transformed(x: Node) -> tuple[Node, Node | None, RopeTable | None]:
+    """What a head of q or k was before it was normed and rotated, the norm and the table."""
+    table = norm = None
+    if x.op == "rope":
+        table, (x,) = x.arguments["table"], x.inputs
+    if x.op == "norm_heads":
+        norm, (x,) = x, x.inputs
+    return x, norm, table
 
 
 class PanelCache(Protocol):
@@ -394,9 +404,20 @@ def build(
                 ],
             )
         elif name == "attention":
-            q, k, v, buffer, table, layer, attention = operands
+            *buffers, table, q_norm, k_norm, layer, attention = operands
+            temperature = attention.temperature
             program.add_attention(
-                q, k, v, buffer, layer, attention.n_heads, attention.window or 0, rope(table), attention.scale
+                *buffers,
+                layer=layer,
+                n_heads=attention.n_heads,
+                rope=rope(table),
+                scale=attention.scale,
+                window=attention.window or 0,
+                chunk=attention.chunk or 0,
+                softcap=attention.softcap or 0.0,
+                temperature=None if temperature is None else _floats(temperature.factors(context)),
+                q_norm=_head_norm(q_norm),
+                k_norm=_head_norm(k_norm),
             )
         else:
             program.add_select(*operands)
@@ -433,6 +454,16 @@ def _pack(matrices: Sequence[Tensor], places: Sequence[NDArray[np.uint8]], threa
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(pack, matrices, places))
+
+
+def _head_norm(node: Node | None) -> tuple[NDArray[np.float32], float] | None:
+    """(weight [Dh], eps)"""
+    if node is None:
+        return None
+    arguments = node.arguments
+    if not node.weights:
+        return np.ones(arguments["head_dim"], dtype=np.float32), arguments["eps"]
+    return np.float32(arguments["offset"]) + _vector(node.weights[0]), arguments["eps"]
 
 
 def _vector(tensor: Tensor) -> NDArray[np.float32]:

@@ -1,1 +1,0 @@
-"""The protocol of OpenAI's API, a file for each endpoint."""
