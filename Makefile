@@ -48,7 +48,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard src/native/*)
 	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.9" ninja $$(command -v cmake >/dev/null || echo cmake)
 	@echo "compiling the native core (about a minute)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[hub]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[hub,serve]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml

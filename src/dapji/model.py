@@ -6,7 +6,7 @@ This is where token ids meet text. Sits above the engine; knows neither the term
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -201,16 +201,35 @@ class Model:
         with a JSON schema as parameters. variables: what else the template reads, such as enable_thinking.
         Raises TemplateError, RequestError, ContextError.
         """
-        rendered = self.template.render(messages, tools=tools, **(variables or {}))
-        parser = self.template.parser(rendered, tools=tools)
-        return self._reply(self.template.encode(rendered), options, parser, continuation=False)
+        return Reply(self.engine, self.prepare_chat(messages, tools=tools, variables=variables, **options))
 
     def complete(self, text: str, **options: Any) -> Reply:
         """What follows `text`, without a chat template: control tokens in it are plain text. Raises like `chat`."""
-        bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
-        return self._reply(bos + self.tokenizer.encode(text), options, Parser(), continuation=text != "")
+        return Reply(self.engine, self.prepare_completion(text, **options))
 
-    def _reply(self, prompt: Sequence[int], options: Mapping[str, Any], parser: Parser, *, continuation: bool) -> Reply:
+    def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Prepared:
+        """All of `chat` but its answer: for `AsyncReply`."""
+        rendered = self.template.render(messages, tools=tools, **(variables or {}))
+        parser = self.template.parser(rendered, tools=tools)
+        return self._prepare(self.template.encode(rendered), options, parser, continuation=False)
+
+    def prepare_completion(self, prompt: str | Sequence[int], **options: Any) -> Prepared:
+        """All of `complete` but its answer. prompt: a text, or token ids as they are."""
+        if not isinstance(prompt, str):
+            return self._prepare(prompt, options, Parser(), continuation=True)
+        bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
+        return self._prepare(bos + self.tokenizer.encode(prompt), options, Parser(), continuation=prompt != "")
+
+    def _prepare(
+        self, prompt: Sequence[int], options: Mapping[str, Any], parser: Parser, *, continuation: bool
+    ) -> Prepared:
         """continuation: the answer goes on a text, so that a space at its beginning belongs to it."""
         chosen = self.options(**options)
         max_tokens, stop, logprobs = (chosen.pop(name) for name in ("max_tokens", "stop", "logprobs"))
@@ -219,7 +238,7 @@ class Model:
         request = Request(
             prompt=prompt, max_tokens=max_tokens, sampling=Sampling(**chosen), stop=text.push, logprobs=logprobs
         )
-        return Reply(self.engine, request, text, parser)
+        return Prepared(request=request, text=text, parser=parser)
 
     def close(self) -> None:
         """Ends what still runs, frees the executor. May be repeated."""
@@ -266,14 +285,19 @@ class _Text:
         return [_Piece(self._stop.feed(self._detokenizer.flush()) + self._stop.flush(), False)]
 
 
-class Reply(Iterator[str]):
-    """The answer's content as it is generated, in pieces that never split a character; reasoning and tool calls apart.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A request, and what makes an answer of its tokens. For one answer."""
 
-    Which is which tells the format of the model's chat template (docs/answers.md). Letting it go ends the generation.
-    `Model.chat` and `Model.complete` make it.
-    """
+    request: Request
+    text: _Text
+    parser: Parser
 
-    def __init__(self, engine: Engine, request: Request, text: _Text, parser: Parser) -> None:
+
+class _Answer:
+    """An answer so far."""
+
+    def __init__(self, prepared: Prepared) -> None:
         self.text = ""
         """The content that has been passed on so far."""
         self.reasoning = ""
@@ -285,27 +309,9 @@ class Reply(Iterator[str]):
         """One for each token, where they were asked for."""
         self.finish: Finish | None = None
         """Why and how it ended; None while it runs, and when it was closed before."""
-        self._text = text
-        self._parser = parser
+        self._text = prepared.text
+        self._parser = prepared.parser
         self._events: deque[Event] = deque()
-        self._stream = engine.generate(request)
-
-    def __next__(self) -> str:
-        """Waits for the next piece of content. Raises what ended the generation, if it was an error."""
-        for event in self.events():
-            if isinstance(event, Content):
-                return event.text
-        raise StopIteration
-
-    def events(self) -> Iterator[Event]:
-        """Everything in the order of the answer, from where it has been read so far. Waits and raises as `__next__`."""
-        while True:
-            while self._events:
-                yield self._told(self._events.popleft())
-            output = None if self.finish is not None else next(self._stream, None)
-            if output is None:
-                return
-            self._read(output)
 
     def _read(self, output: Output) -> None:
         self.tokens.append(output.token)
@@ -330,6 +336,58 @@ class Reply(Iterator[str]):
             self.tool_calls.append(event)
         return event
 
+
+class Reply(_Answer, Iterator[str]):
+    """The answer's content as it is generated, in pieces that never split a character; reasoning and tool calls apart.
+
+    Which is which tells the format of the model's chat template (docs/answers.md). Letting it go ends the generation.
+    `Model.chat` and `Model.complete` make it.
+    """
+
+    def __init__(self, engine: Engine, prepared: Prepared) -> None:
+        super().__init__(prepared)
+        self._stream = engine.generate(prepared.request)
+
+    def __next__(self) -> str:
+        """Waits for the next piece of content. Raises what ended the generation, if it was an error."""
+        for event in self.events():
+            if isinstance(event, Content):
+                return event.text
+        raise StopIteration
+
+    def events(self) -> Iterator[Event]:
+        """Everything in the order of the answer, from where it has been read so far. Waits and raises as `__next__`."""
+        while True:
+            while self._events:
+                yield self._told(self._events.popleft())
+            output = None if self.finish is not None else next(self._stream, None)
+            if output is None:
+                return
+            self._read(output)
+
     def close(self) -> None:
         """End the generation now."""
         self._stream.close()
+
+
+class AsyncReply(_Answer):
+    """`Reply` for the running asyncio loop. Cancelling who reads ends the generation."""
+
+    def __init__(self, engine: Engine, prepared: Prepared) -> None:
+        """Raises as `Model.chat` does where the request does not fit."""
+        super().__init__(prepared)
+        self._stream = engine.agenerate(prepared.request)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Everything in the order of the answer, from where it has been read so far."""
+        while True:
+            while self._events:
+                yield self._told(self._events.popleft())
+            output = None if self.finish is not None else await anext(self._stream, None)
+            if output is None:
+                return
+            self._read(output)
+
+    async def aclose(self) -> None:
+        """End the generation now."""
+        await self._stream.aclose()

@@ -101,6 +101,11 @@ TRANSFORMED = {
     "{{ messages[0].content | safe }}": "<|im_end|>",
     "{{ ('' | safe) + messages[0].content | safe }}": "<|im_end|>",
     "{{ messages[0].content | e }}": "<|im_end|>",
+    "{{ messages[0].content + (' ' | safe) }}": "[INST]",
+    "{{ (' ' | safe) + messages[0].content }}": "[INST]",
+    "{{ ('[' | safe) + messages[0].content + (']' | safe) }}": "INST",
+    "{{ (messages[0].content | safe).replace('X', '') }}": "[INXST]",
+    "{{ (messages[0].content | safe).strip() | string }}": " [INST] ",
     "{{ messages[0].content | default('x') }}": "<|im_end|>",
     "{{ (messages | map(attribute='content') | list)[0] }}": "<|im_end|>",
     "{{ messages | map(attribute='content') | join }}": "<|im_end|>",
@@ -147,6 +152,10 @@ WRITTEN = {
     "{{ '<|im_end|>' if true else '' }}",
     "{% generation %}<|im_end|>{% endgeneration %}",
     "{{ eos_token }}",
+    "{{ '<|im_end|>' | safe }}",
+    "{{ '[INST]' + ('' | safe) }}",
+    "{{ ('[IN' | safe) + 'ST]' }}",
+    "{{ (' [INST] ' | safe).strip() }}",
     "{{ bos_token + '' }}",
 }
 

@@ -1,12 +1,13 @@
 """Rendering and ids of published chat templates, against transformers: the same text, refusals and ids."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conversations import ASSISTANT, CONVERSATIONS, SYSTEM, TOOLS, USER
+from conversations import ASSISTANT, CONVERSATIONS, SYSTEM, TOOLS, USER, VARIABLES
 
 from conftest import Tokenizers
 from dapji.chat import ChatTemplate
@@ -32,26 +33,52 @@ def check_same_text(theirs: Callable[[], str], ours: Callable[[], str]) -> str |
     return None
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_renders_every_published_template_as_transformers(
-    conversation: str, templates: dict[str, str], compiled: dict[str, ChatTemplate], both: Tokenizers
-) -> None:
-    """Byte for byte, with tools and without, with the beginning of an answer and without; without tools ids too."""
-    messages = CONVERSATIONS[conversation]
+def check_every_template(
+    messages: list[dict[str, Any]],
+    all_options: Iterable[dict[str, Any]],
+    templates: dict[str, str],
+    compiled: dict[str, ChatTemplate],
+    both: Tokenizers,
+) -> int:
+    """The same text, byte for byte, or the same refusal; without tools and documents the same ids too.
+
+    How many texts there were.
+    """
     rendered = 0
     for name, source in templates.items():
-        for options in ({}, {"tools": TOOLS}, {"add_generation_prompt": False}):
-            options = {"add_generation_prompt": True} | options
+        for given in all_options:
+            options = {"add_generation_prompt": True} | given
             text = check_same_text(
                 lambda: both.theirs.apply_chat_template(messages, tokenize=False, chat_template=source, **options),  # noqa: B023
                 lambda: compiled[name].render(messages, **options),  # noqa: B023
             )
             if text is not None:
                 rendered += 1
-                if "tools" not in options:  # a schema that spells a control token is text to us, not to the library
+                if given.keys() <= {"add_generation_prompt"}:
+                    # Elsewhere a schema may spell a control token, which is text to us, not to the library.
                     ids = both.theirs(text, add_special_tokens=False).input_ids
                     assert compiled[name].prompt(messages, **options) == ids, name
-    assert rendered > 2 * len(templates)  # most do not refuse
+    return rendered
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_renders_every_published_template_as_transformers(
+    conversation: str, templates: dict[str, str], compiled: dict[str, ChatTemplate], both: Tokenizers
+) -> None:
+    """With tools and without, with the beginning of an answer and without."""
+    options: list[dict[str, Any]] = [{}, {"tools": TOOLS}, {"add_generation_prompt": False}]
+    rendered = check_every_template(CONVERSATIONS[conversation], options, templates, compiled, both)
+    assert rendered > len(templates)  # most do not refuse
+
+
+@pytest.mark.parametrize("variables", VARIABLES)
+@pytest.mark.parametrize("conversation", ["several turns", "reasoning before a call"])
+def test_gives_every_published_template_its_variables(
+    conversation: str, variables: str, templates: dict[str, str], compiled: dict[str, ChatTemplate], both: Tokenizers
+) -> None:
+    options = [VARIABLES[variables]]
+    rendered = check_every_template(CONVERSATIONS[conversation], options, templates, compiled, both)
+    assert rendered > len(templates) // 2
 
 
 FEATURES = {
@@ -95,6 +122,10 @@ FEATURES = {
     ),
     "safe": (
         "{{ '<b>' | safe }}{{ ('<b>' | safe) + '<i>' }}{{ '<i>' + ('<b>' | safe) }}{{ messages[0].content | safe }}"
+        "{{ ('<b>' | safe).strip() + '<&\"\\'>' }}{{ ('<b>' | safe).replace('b', '<') }}{{ [1 | safe, '<' | safe] }}"
+        "{{ ('<b>' | safe) ~ '<i>' }}{{ ('<b>' | safe).join(['<', 'x' | safe]) }}{{ ('<b>' | safe) % () }}"
+        "{{ ('<b>' | safe)[1:] + '<' }}{{ ('<%s>' | safe) % '<' }}{{ '<' + ('<b>' | safe) * 2 }}{{ none | safe }}"
+        "{{ ('<b>' | safe | string) + '<' }}{{ ('a<b' | safe).split('<')[0] + '<' }}{{ ('<b>' | safe | upper) + '<' }}"
     ),
     "undefined": (
         "{{ nothing }}{{ messages[0].nothing }}{% if nothing is defined %}x{% endif %}"
@@ -149,6 +180,23 @@ def test_a_model_without_a_template_says_what_to_do(both: Tokenizers) -> None:
     template = ChatTemplate.of(both.ours)
     with pytest.raises(TemplateError, match=r"no chat template.*\nhint: .*-Instruct"):
         template.prompt([USER])
+
+
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "chat.md"
+INTRODUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+
+
+def test_the_alpaca_template_of_the_docs_writes_alpacas_prompt(both: Tokenizers) -> None:
+    """The prompt without an input, as Stanford Alpaca was trained on it."""
+    (source,) = re.findall(r"^```jinja\n(.*?)\n```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    template = ChatTemplate(both.ours, {"default": source})
+    question = {"role": "user", "content": "세 가지를 말해."}
+    first = "### Instruction:\n세 가지를 말해.\n\n### Response:\n"
+    assert template.render([question]) == INTRODUCTION + first
+    assert template.render([SYSTEM, question]) == "Be brief.\n\n" + first
+    assert template.render([question, ASSISTANT, question]) == INTRODUCTION + first + "I am a model.\n\n" + first
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def test_tensors_are_named_and_permuted_as_in_llama_cpp(name: str) -> None:
         n_heads = {"q": config.layers[0].attention.n_heads, "k": config.layers[0].attention.n_kv_heads}.get(
             key.rsplit(".", 1)[-1].removesuffix("_bias")
         )
-        if n_heads is not None and metadata["general.architecture"] == "llama":
+        in_pairs = metadata["general.architecture"] in ("llama", "llama4")
+        if n_heads is not None and in_pairs and config.layers[int(key.split(".")[1])].attention.rope is not None:
             pairs = values.reshape(n_heads, 2, len(values) // n_heads // 2, -1)
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         np.testing.assert_array_equal(named[gguf_name].float32(), values)

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers.models.llama4 import modeling_llama4
 
-from dapji.models.config import weight_shapes
+from dapji.models.config import AttentionConfig, FeedForwardConfig, weight_shapes
 from dapji.models.families import FAMILIES, config_from_hf
+from dapji.models.families.llama4 import LLAMA4
+from dapji.models.size import active_parameters, parameters
+from dapji.ops.attention import Temperature
 
 FOLDER = Path(__file__).parent / "published"
 
@@ -44,6 +50,27 @@ PARAMETERS = {
     "exaone-3.5-2.4b-instruct": 2_405_327_360,
     "exaone-3.5-7.8b-instruct": 7_818_448_896,
     "exaone-3.5-32b-instruct": 32_003_200_000,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-4b-instruct-2507": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-32b-yarn": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-30b-a3b-instruct-2507": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-235b-a22b-thinking-2507": 235_093_634_560,
+    "qwen3-coder-480b-a35b-instruct": 480_154_875_392,
+    "mixtral-8x7b-v0.1": 46_702_792_704,
+    "mixtral-8x22b-v0.1": 140_620_634_112,
+    "mixtral-8x22b-instruct-v0.1": 140_630_071_296,
+    # of their text, which is what is read
+    "llama-4-scout-17b-16e": 107_769_861_120,
+    "llama-4-scout-17b-16e-instruct": 107_769_861_120,
+    "llama-4-scout-text": 107_769_861_120,
+    "llama-4-maverick-17b-128e-instruct": 400_711_848_960,
 }
 CONTEXTS = {
     "llama-2-7b": 4096,
@@ -54,6 +81,9 @@ CONTEXTS = {
     "qwen2.5-0.5b-instruct": 32_768,
     "qwen2.5-7b-instruct-yarn": 131_072,
     "qwen2.5-7b-instruct-1m": 262_144,
+    "qwen3-32b": 40_960,
+    "qwen3-32b-yarn": 131_072,
+    "llama-4-scout-17b-16e-instruct": 10_485_760,
     "mistral-nemo-instruct-2407": 1_024_000,
 }
 
@@ -90,3 +120,72 @@ def test_windows() -> None:
     }
     assert windows.pop("mistral-7b-v0.1") == {4096}
     assert all(window == {None} for window in windows.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("llama-4-scout-17b-16e", 108_641_793_536), ("llama-4-maverick-17b-128e-instruct", 401_583_781_376)],
+)
+def test_what_sees_makes_up_the_rest(name: str, whole: int) -> None:
+    """The hub's count is of text and vision together; transformers says how large the parts are that we leave out."""
+    file = published(name)
+    text = {"hidden_size": file["text_config"]["hidden_size"]}
+    config = transformers.Llama4Config(vision_config=file["vision_config"], text_config=text)
+    with torch.device("meta"):
+        parts = (
+            transformers.Llama4VisionModel(config.vision_config),
+            modeling_llama4.Llama4MultiModalProjector(config),
+        )
+    seeing = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert PARAMETERS[name] + seeing == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [
+        ("qwen3-30b-a3b", 3.3e9),
+        ("qwen3-235b-a22b", 22e9),
+        ("qwen3-coder-480b-a35b-instruct", 35e9),
+        ("mixtral-8x7b-v0.1", 12.9e9),
+        ("mixtral-8x22b-v0.1", 39e9),
+        ("llama-4-scout-17b-16e", 17e9),
+        ("llama-4-maverick-17b-128e-instruct", 17e9),
+    ],
+)
+def test_active_parameters_are_those_of_the_names(name: str, active: float) -> None:
+    """Published counts are rounded, and take in the embedding, of which we count the row that is read."""
+    config = config_from_hf(published(name))
+    assert active_parameters(config) + config.vocab_size * config.dim == pytest.approx(active, rel=0.025)
+
+
+def test_llama_4s_layers() -> None:
+    scout = config_from_hf(published("llama-4-scout-17b-16e-instruct"))
+    maverick = config_from_hf(published("llama-4-maverick-17b-128e-instruct"))
+    for config, qk_norm, dense in ((scout, "plain", ()), (maverick, None, range(0, 48, 2))):
+        for i, layer in enumerate(config.layers):
+            attention = layer.attention
+            assert isinstance(attention, AttentionConfig)
+            if (i + 1) % 4:
+                assert (attention.chunk, attention.temperature, attention.qk_norm) == (8192, None, qk_norm)
+                assert attention.rope is not None
+            else:
+                assert (attention.chunk, attention.rope, attention.qk_norm) == (None, None, None)
+                assert attention.temperature == Temperature(scale=0.1, length=8192)
+            assert isinstance(layer.feed_forward, FeedForwardConfig) == (i in dense)
+    # older and newer files of the same model
+    older = config_from_hf(published("llama-4-scout-17b-16e"))
+    assert older == config_from_hf(published("llama-4-scout-text"))
+    assert [layer.feed_forward for layer in older.layers] == [layer.feed_forward for layer in scout.layers]
+
+
+def test_a_model_of_behemoths_size() -> None:
+    """Of Llama 4 Behemoth this is known: 288 billion parameters take part in a token, of nearly two trillion, with 16
+    experts. Its sizes were not published: these are assumed, with Scout's mechanisms, such that they give those counts.
+    """
+    sizes = {"hidden_size": 16_384, "intermediate_size": 24_064, "num_hidden_layers": 96, "num_attention_heads": 128}
+    file = published("llama-4-scout-17b-16e")
+    config = config_from_hf({**file, "text_config": {**file["text_config"], **sizes}})
+    assert active_parameters(config) == pytest.approx(288e9, rel=0.02)
+    assert parameters(config) == pytest.approx(2e12, rel=0.02)
+    metadata = LLAMA4.to_gguf(config)
+    assert metadata["expert_count"] == 16

@@ -109,7 +109,7 @@ PENDING: dict[str, set[str]] = {"native": {*tiny_experts.TINY}, "torch": set()}
 """Models that an executor cannot run yet."""
 CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PENDING.get(kind.partition("-")[0], ())]
 """Every model on every executor."""
-_NAMES = ("llama-3.1", "mistral", "qwen2-window", "qwen3", "qwen3-moe", "mixtral-window")
+_NAMES = ("llama-3.1", "mistral", "qwen2-window", "qwen3", "qwen3-moe", "mixtral-window", "llama-4")
 DISTINCT = [case for case in CASES if case[0] in _NAMES]
 """Of CASES, a model of each mechanism that caches, batches or positions could disturb."""
 
@@ -138,6 +138,7 @@ def oracle_gradients(name: str) -> tuple[float, dict[str, Tensor]]:
     """The loss of LOSS_TEXTS and its gradients, which transformers writes and `families` reads as if they were the
     weights: no layout changes a value."""
     model = deepcopy(oracle(name))
+    model.get_input_embeddings().padding_idx = None  # no token here is padding, whose row would get no gradient
     tokens = torch.tensor(LOSS_TEXTS)
     loss = model(tokens, labels=tokens, use_cache=False).loss
     loss.backward()

@@ -28,7 +28,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context, Macro
 from jinja2.visitor import NodeTransformer
 
-from dapji.chat.written import Written, joined
+from dapji.chat.written import Safe, Written, joined
 from dapji.errors import TemplateError
 
 MAX_SOURCE = 1 << 17
@@ -284,7 +284,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._constants: dict[str, Written] = {}
         for name in _REMOVED_FILTERS:
             del self.filters[name]
-        self.filters |= {"tojson": _tojson, "join": _join}
+        self.filters |= {"tojson": _tojson, "join": _join, "safe": Safe}
         self.filters = {name: self._guarded(name, function) for name, function in self.filters.items()}
         self.filters[_COUNTED] = self._count_turns
         del self.globals["lipsum"]

@@ -19,6 +19,8 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 """Roles that may become part of a control token, as in the template text <|{{ message.role }}|>."""
 MAX_DEPTH = 64
 """Of lists and mappings in messages, tools, documents and variables."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which clients send an earlier answer's reasoning; templates read the first, gpt-oss's the second."""
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -53,7 +55,8 @@ class ChatTemplate:
     ) -> Written:
         """The conversation as text.
 
-        messages: {"role": …, "content": …} and whatever else the template reads; a key whose value is None is left out.
+        messages: {"role": …, "content": …} and whatever else the template reads; a key whose value is None is left out,
+        and reasoning may be called reasoning_content, thinking or reasoning.
         tools, documents: passed on as they are, in the form that the template wants (mostly JSON schemas).
         add_generation_prompt: end with the beginning of an answer.
         name: which template; by default `tool_use` where there are tools and such a template, else `default`.
@@ -130,6 +133,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TemplateError(f"{where} is a {type(message).__name__}, expected a mapping with a role and a content")
     plain = {key: value for key, value in _plain(message, where).items() if value is not None}
+    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     role = plain.get("role")
     if not isinstance(role, str):
         raise TemplateError(f"{where} has no role")

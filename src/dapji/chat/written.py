@@ -2,6 +2,7 @@
 
 Control tokens may come from the template's own text alone. So every string constant of a template is `Written`, and
 everything else (messages, tools, variables, results of operations that are not followed here) is an ordinary string.
+`Safe` is such a string after the filter `safe`.
 What is lost track of thus counts as text, never as the template's. Knows neither jinja nor tokens.
 """
 
@@ -13,6 +14,8 @@ from typing import Any, Self, SupportsIndex
 import markupsafe
 
 _TEMPLATE, _OTHER = b"\1", b"\0"
+_ENTITIES = {"&": "&amp;", ">": "&gt;", "<": "&lt;", "'": "&#39;", '"': "&#34;"}
+"""As markupsafe writes them."""
 
 
 class Written(str):
@@ -39,12 +42,19 @@ class Written(str):
         return self
 
     def __add__(self, other: Any) -> Any:
-        # Markup, which the filter `safe` makes, must get its turn: it escapes what it is added to.
-        if not isinstance(other, str) or isinstance(other, markupsafe.Markup):
+        # Markup must get its turn: it escapes what it is added to. So must others, as what is undefined.
+        if isinstance(other, markupsafe.Markup) and not isinstance(self, markupsafe.Markup):
             return NotImplemented
+        if not isinstance(other, str) and hasattr(other, "__radd__"):
+            return NotImplemented
+        if not isinstance(other, str):  # as of any string, which the error names
+            raise TypeError(f'can only concatenate str (not "{type(other).__name__}") to str')
         return Written(str.__add__(self, other), self._origin + _origin(other))
 
     def __radd__(self, other: Any) -> Any:
+        if isinstance(other, list | tuple):
+            kind = type(other).__name__
+            raise TypeError(f'can only concatenate {kind} (not "str") to {kind}')
         if not isinstance(other, str):
             return NotImplemented
         return Written(str.__add__(other, self), _origin(other) + self._origin)
@@ -97,6 +107,31 @@ class Written(str):
 
     def _same_length(self, text: str) -> str:
         return Written(text, self._origin) if len(text) == len(self) else text
+
+
+class Safe(markupsafe.Markup, Written):  # type: ignore[misc]  # str's methods, each in three signatures
+    """What the filter `safe` makes: `Markup`, which escapes the strings that it meets, and still knows its origin."""
+
+    __slots__ = ()
+
+    def __new__(cls, value: Any = "") -> Self:
+        text = value if isinstance(value, str) else str(value)
+        return Written.__new__(cls, text, _origin(text))
+
+    def __str__(self) -> Written:  # type: ignore[override]
+        return Written(str.__str__(self), self._origin)
+
+    def __repr__(self) -> str:
+        return f"Markup({str.__repr__(self)})"
+
+    @classmethod
+    def escape(cls, value: Any, /) -> Self:
+        if isinstance(value, markupsafe.Markup):
+            return cls(value)
+        text = value if isinstance(value, str) else str(value)
+        for character, entity in _ENTITIES.items():
+            text = text.replace(character, entity)
+        return cls(text)
 
 
 def _origin(text: str) -> bytes:

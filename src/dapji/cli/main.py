@@ -17,6 +17,7 @@ from dapji.errors import DapjiError
 COMMANDS = {
     "chat": "Talk with a model in the terminal.",
     "run": "Complete one prompt and exit.",
+    "serve": "Answer other programs over HTTP.",
     "pull": "Fetch a model into the store.",
     "list": "List installed and known models.",
     "show": "Print what a model is: architecture, size, quantisation, template, licence.",

@@ -56,6 +56,10 @@ def _from_hf(fields: Fields) -> ModelConfig:
         hidden_dim=fields.integer("moe_intermediate_size", 768),
         activation=sizes.activation,
     )
+    # what the files of Qwen3-Coder say beside
+    fields.require("qkv_bias", False)
+    fields.require("use_qk_norm", True)
+    fields.require("shared_expert_intermediate_size", 0)
     # max_window_layers: has no effect with experts
     fields.finish((*HF_IGNORABLE, *experts.HF_IGNORABLE, "max_window_layers"))
     layers = [

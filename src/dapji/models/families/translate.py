@@ -17,6 +17,7 @@ from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, give, take
 from dapji.models.families.llama import LLAMA
+from dapji.models.families.llama4 import LLAMA4
 from dapji.models.families.mistral import MISTRAL
 from dapji.models.families.mixtral import MIXTRAL
 from dapji.models.families.qwen2 import QWEN2
@@ -25,7 +26,7 @@ from dapji.models.families.qwen3_moe import QWEN3_MOE
 from dapji.models.families.rope import ROPE_TENSORS, rope_tensors
 from dapji.ops.tensor import Tensor
 
-FAMILIES = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, EXAONE)
+FAMILIES = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, LLAMA4, EXAONE)
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
 _HF_RECOMPUTED = ".self_attn.rotary_emb.inv_freq"
@@ -73,6 +74,7 @@ def _read_config(config_json: Mapping[str, object]) -> tuple[Family, Fields, str
     assert family.wrapper is not None
     inner = fields.mapping("text_config")
     inner.require("model_type", family.name)
+    fields.require("tie_word_embeddings", inner.boolean("tie_word_embeddings", False))
     fields.finish((*HF_IGNORABLE, *family.wrapper.ignorable))
     return family, inner, family.wrapper.prefix
 

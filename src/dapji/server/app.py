@@ -1,0 +1,81 @@
+"""The application: every route, and what happens when one of them cannot answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dapji import __version__
+from dapji.errors import DapjiError
+from dapji.server.guard import Guard
+from dapji.server.openai import chat, models, tokens
+from dapji.server.openai.common import problem_body
+from dapji.server.problem import Problem
+from dapji.server.registry import Registry
+from dapji.server.service import Service
+from dapji.server.settings import Settings
+from dapji.server.wire import json_response
+
+log = logging.getLogger("dapji.server")
+
+
+def create_app(
+    registry: Registry, settings: Settings, *, key_name: Callable[[str], str | None] | None = None
+) -> Starlette:
+    """Owns the registry: its models are closed when the application ends. key_name: see `Guard`."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        registry.close()
+
+    app = Starlette(
+        routes=[
+            Route("/health", _health),
+            Route("/v1/models", models.index),
+            Route("/v1/models/{name:path}", models.show),
+            Route("/v1/chat/completions", chat.create, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        ],
+        middleware=[Middleware(Guard, settings=settings, key_name=key_name)],
+        exception_handlers={Problem: _problem, DapjiError: _error, HTTPException: _http, Exception: _failure},
+        lifespan=lifespan,
+    )
+    app.state.service = Service(registry, settings)
+    return app
+
+
+async def _health(request: Request) -> Response:
+    return json_response({"status": "ok", "version": __version__})
+
+
+async def _problem(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, Problem)
+    return json_response(problem_body(problem), status=problem.status, headers=problem.headers)
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DapjiError)
+    return await _problem(request, Problem.of(error))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = problem_body(Problem("not_found" if error.status_code == 404 else "invalid_request", message))
+    return json_response(body, status=error.status_code, headers=dict(error.headers or {}))
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    """A fault of ours: the client learns that, the operator the rest."""
+    log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+    return await _problem(request, Problem("internal", "the server failed at this request; its log says more"))

@@ -1,0 +1,1 @@
+"""The protocol of OpenAI's API, a file for each endpoint."""

@@ -1,0 +1,106 @@
+"""What the endpoints of OpenAI's API share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from dapji.engine import Logprobs
+from dapji.model import AsyncReply
+from dapji.server.problem import Kind, Problem
+from dapji.server.wire import Strict
+from dapji.tokenizer import Tokenizer
+
+
+class Drawn(Strict):
+    """How an answer is drawn, in every endpoint that draws one; top_k and those after it are not OpenAI's."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+_NEGATIVE_SEEDS = 1 << 64
+"""OpenAI's seeds are signed; -1 is the last of ours."""
+
+_TYPES: dict[Kind, str] = {
+    "invalid_request": "invalid_request_error",
+    "unauthorized": "authentication_error",
+    "forbidden": "permission_error",
+    "not_found": "invalid_request_error",
+    "too_large": "invalid_request_error",
+    "busy": "rate_limit_error",
+    "unavailable": "server_error",
+    "internal": "server_error",
+}
+
+
+def problem_body(problem: Problem) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": problem.message,
+            "type": _TYPES[problem.kind],
+            "param": problem.field,
+            "code": problem.code,
+        }
+    }
+
+
+def identifier(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def key_of(request: Request) -> str:
+    """Whose turn it is."""
+    key: str = getattr(request.state, "key", "")
+    return key
+
+
+def usage_of(replies: Sequence[AsyncReply]) -> dict[str, Any]:
+    """Of answers to one prompt that have ended."""
+    usages = [reply.finish.usage for reply in replies if reply.finish is not None]
+    prompt, generated = usages[0].prompt, sum(usage.generated for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": usages[0].cached},
+    }
+
+
+def token_object(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """A token need not be whole characters: its bytes say what its text cannot."""
+    data = tokenizer.token_bytes(token)
+    return {"token": data.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def logprob_objects(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[str, Any]]:
+    return [
+        token_object(tokenizer, token, each.chosen)
+        | {"top_logprobs": [token_object(tokenizer, other, value) for other, value in each.top]}
+        for token, each in zip(tokens, logprobs, strict=True)
+    ]
+
+
+def sampling_of(asked: Drawn) -> dict[str, Any]:
+    """Options of `Model.chat`, those that were given. Raises Problem."""
+    options = {name: value for name in Drawn.__struct_fields__ if (value := getattr(asked, name)) is not None}
+    if "seed" in options and options["seed"] < 0:
+        options["seed"] += _NEGATIVE_SEEDS
+    if "logit_bias" in options:
+        try:
+            options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+        except ValueError:
+            raise Problem("invalid_request", "logit_bias: keys must be token ids", "logit_bias") from None
+    return options

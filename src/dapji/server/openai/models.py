@@ -1,0 +1,43 @@
+"""GET /v1/models and /v1/models/NAME, with every limit that a client meets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dapji.server.registry import Served
+from dapji.server.service import Service
+from dapji.server.wire import json_response
+
+
+async def index(request: Request) -> Response:
+    service: Service = request.app.state.service
+    served = [_described(each, service) for each in service.registry.models.values()]
+    return json_response({"object": "list", "data": served})
+
+
+async def show(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return json_response(_described(service.registry.find(request.path_params["name"]), service))
+
+
+def _described(served: Served, service: Service) -> dict[str, Any]:
+    settings = service.settings
+    limits: dict[str, Any] = {
+        "max_body_bytes": settings.max_body,
+        "max_choices": settings.max_choices,
+        "max_running": settings.max_running,
+        "max_waiting": settings.max_waiting,
+        "context": None if served.model is None else served.model.engine.context,
+    }
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "local",
+        "size_bytes": served.size,
+        "open": served.model is not None,
+        "limits": limits,
+    }

@@ -1,0 +1,103 @@
+"""`Registry`: the models that are served, opened when somebody asks for them and closed when memory is needed.
+
+Knows names, memory and use, no protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dapji.errors import ModelNotFound
+from dapji.model import Model
+from dapji.server.problem import Problem
+from dapji.weights import store
+
+
+@dataclass(eq=False)
+class Served:
+    """One name that clients may ask for."""
+
+    name: str
+    path: Path
+    size: int
+    """Bytes of its files: about what it takes in memory."""
+    created: int
+    """Seconds since 1970, of its file."""
+    model: Model | None = None
+    """None: not open."""
+    users: int = 0
+    """Requests that are at it."""
+    used: float = 0.0
+    """When the last one ended, monotonic."""
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Registry:
+    """For one asyncio loop."""
+
+    def __init__(self, names: Iterable[str | Path], *, load: Callable[[Path], Model], memory: int | None) -> None:
+        """names: of the store, or paths; the first is the default. memory: bytes that open models may take together;
+        None: any number are open at once. Raises ModelNotFound."""
+        self.models: dict[str, Served] = {}
+        for name in names:
+            path = store.resolve(name)
+            named = path.stem if Path(name).exists() else str(name)
+            size = sum(part.stat().st_size for part in path.rglob("*")) if path.is_dir() else path.stat().st_size
+            self.models[named] = Served(named, path, size, int(path.stat().st_mtime))
+        self._load = load
+        self._memory = memory
+
+    @asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[tuple[str, Model]]:
+        """The model, open for as long as the context lasts; None: the default. Raises Problem."""
+        served = self.find(name)
+        served.users += 1
+        try:
+            async with served.opening:
+                if served.model is None:
+                    self._make_room(served)
+                    served.model = await asyncio.to_thread(self._load, served.path)
+            yield served.name, served.model
+        finally:
+            served.users -= 1
+            served.used = time.monotonic()
+
+    def find(self, name: str | None) -> Served:
+        """Raises Problem where there is none."""
+        if name is None or name == "":
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            error = ModelNotFound(f"there is no model {name!r} here", hint=f"there are {', '.join(self.models)}")
+            raise Problem.of(error)
+        return self.models[name]
+
+    def _make_room(self, wanted: Served) -> None:
+        """Closes the least recently used models until `wanted` fits. Raises Problem where too many are in use."""
+        while self._memory is not None:
+            opened = [served for served in self.models.values() if served.model is not None]
+            taken = sum(served.size for served in opened)
+            if taken + wanted.size <= self._memory or not opened:
+                return
+            idle = [served for served in opened if served.users == 0]
+            if not idle:
+                raise Problem(
+                    "busy",
+                    f"model {wanted.name!r} ({wanted.size} bytes) does not fit beside those in use ({taken} bytes) "
+                    f"into this server's {self._memory} bytes",
+                    headers={"Retry-After": "10"},
+                )
+            oldest = min(idle, key=lambda served: served.used)
+            assert oldest.model is not None
+            oldest.model.close()
+            oldest.model = None
+
+    def close(self) -> None:
+        for served in self.models.values():
+            if served.model is not None:
+                served.model.close()
+                served.model = None

@@ -1,0 +1,22 @@
+"""`Settings`: every limit of a server, in one place. What clients must know of them stands in /v1/models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    max_running: int = 64
+    """Requests computed at once."""
+    max_waiting: int = 256
+    """Requests that wait beside them; more are sent away."""
+    max_body: int = 8 << 20
+    """Bytes of a request."""
+    max_choices: int = 16
+    """Answers to one prompt."""
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """Names under which the server may be addressed; a page of another name that points here is refused (DNS
+    rebinding)."""
+    origins: tuple[str, ...] = ()
+    """Foreign web pages that may ask from a browser."""

@@ -1,0 +1,80 @@
+"""Models are opened when asked for, and closed when others need the memory."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapji.errors import ModelNotFound
+from dapji.server.problem import Problem
+from dapji.server.registry import Registry
+
+
+class Fake:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    for name in "abc":
+        (tmp_path / f"{name}.gguf").write_bytes(b"x" * 100)
+    return sorted(tmp_path.iterdir())
+
+
+def registry(paths: list[Path], memory: int | None) -> Registry:
+    load: Any = Fake
+    return Registry(paths, load=load, memory=memory)
+
+
+def is_open(models: Registry) -> str:
+    return "".join(name for name, served in models.models.items() if served.model is not None)
+
+
+def test_the_least_recently_used_is_closed(paths: list[Path]) -> None:
+    async def run() -> None:
+        models = registry(paths, memory=250)
+        seen = []
+        for name in ("a", "b", "a", "c", "b"):
+            async with models.use(name) as (_, model):
+                assert not model.closed  # type: ignore[attr-defined]
+            seen.append(is_open(models))
+        assert seen == ["a", "ab", "ab", "ac", "bc"]
+        async with models.use("a"), models.use("b"):
+            with pytest.raises(
+                Problem, match=r"model 'c' \(100 bytes\) does not fit beside those in use \(200 bytes\)"
+            ):
+                async with models.use("c"):
+                    pass
+        models.close()
+        assert is_open(models) == ""
+
+    asyncio.run(run())
+
+
+def test_many_who_ask_at_once_open_it_once(paths: list[Path]) -> None:
+    async def run() -> None:
+        models = registry(paths, memory=None)
+
+        async def use() -> Any:
+            async with models.use(None) as (name, model):
+                assert name == "a"
+                return model
+
+        assert len(set(await asyncio.gather(*(use() for _ in range(5))))) == 1
+
+    asyncio.run(run())
+
+
+def test_unknown_names(paths: list[Path]) -> None:
+    with pytest.raises(ModelNotFound):
+        registry([Path("nothing-like-this")], memory=None)
+    with pytest.raises(Problem, match=r"no model '\.\./a' here"):
+        registry(paths, memory=None).find("../a")
