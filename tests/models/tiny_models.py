@@ -105,7 +105,7 @@ TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     **tiny_dense.TINY,
 }
 
-PENDING: dict[str, set[str]] = {"native": {*tiny_experts.TINY}, "torch": set()}
+PENDING: dict[str, set[str]] = {"native": {*tiny_experts.TINY, *tiny_dense.PENDING_NATIVE}, "torch": set()}
 """Models that an executor cannot run yet."""
 CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PENDING.get(kind.partition("-")[0], ())]
 """Every model on every executor."""
@@ -121,9 +121,10 @@ def oracle(name: str) -> transformers.PreTrainedModel:
     config._attn_implementation = "eager"
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    norm = 0.0 if "gemma" in config.model_type else 1.0  # what Gemma multiplies by is 1 + weight
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.15)
+            parameter.normal_(norm if "norm" in parameter_name else 0.0, 0.15)
     return model
 
 
@@ -172,12 +173,9 @@ LOSS_TEXTS = [text(128), text(128, seed=6)]
 
 
 @cache
-def oracle_logits(name: str, length: int = TEXT, dtype: torch.dtype = torch.float32) -> NDArray[np.float32]:
-    """[length, VOCAB] of `text(length)` in one pass, with parameters of `dtype`."""
+def oracle_logits(name: str, length: int = TEXT) -> NDArray[np.float32]:
+    """[length, VOCAB] of `text(length)` in one pass."""
     model = deepcopy(oracle(name))  # dynamic scaling there remembers the longest text so far
-    model.config._experts_implementation = "eager"  # others want rows of whole 16 bytes
-    for parameter in model.parameters():  # not buffers, which stay float32 in published models too
-        parameter.data = parameter.data.to(dtype)
     with torch.no_grad():
-        logits: NDArray[np.float32] = model(torch.tensor([text(length)]), use_cache=False).logits[0].float().numpy()
+        logits: NDArray[np.float32] = model(torch.tensor([text(length)]), use_cache=False).logits[0].numpy()
     return logits

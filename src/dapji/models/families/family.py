@@ -14,7 +14,14 @@ from dapji.errors import ConfigError
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, Layout
-from dapji.models.families.rope import longest_context, rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf
+from dapji.models.families.rope import (
+    longest_context,
+    partial_rotary_factor,
+    rope_from_gguf,
+    rope_from_hf,
+    rope_to_gguf,
+    rope_to_hf,
+)
 from dapji.ops.protocol import Activation
 from dapji.ops.rope import RopeConfig
 
@@ -225,9 +232,11 @@ def sizes_to_hf(
     activation: Activation,
     *,
     names: Mapping[str, str] | None = None,
+    partial_rope: bool = False,
 ) -> dict[str, object]:
-    """The inverse of `sizes_from_hf`. attention: of any layer that has a rope."""
-    if attention.rope is None or attention.rope.dim != attention.head_dim:
+    """The inverse of `sizes_from_hf`. attention: of any layer that has a rope. partial_rope: whether it may be of a
+    part of each head."""
+    if attention.rope is None or (attention.rope.dim != attention.head_dim and not partial_rope):
         raise ConfigError(f"config.json of {config.family} has no form for heads that are not rotated as a whole")
     written = {
         "hidden_size": config.dim,
@@ -243,6 +252,8 @@ def sizes_to_hf(
         "tie_word_embeddings": config.tied_head,
         **rope_to_hf(attention.rope, max_context=config.max_context),
     }
+    if partial_rope:
+        written["partial_rotary_factor"] = partial_rotary_factor(attention.rope, attention.head_dim)
     return {(names or {}).get(key, key): value for key, value in written.items()}
 
 

@@ -1,8 +1,8 @@
 """Weights in foreign layouts, both ways: which foreign tensor holds which of our weights, and in what order of rows.
 
-A `Layout` names the tensors of one file format for one family; where more than a name differs, it has `Rule`s. Nothing
-here converts a value: rows, matrices and halves of matrices change places, so that every direction is exact in every
-format. Knows nothing of files.
+A `Layout` names the tensors of one file format for one family; where more than a name differs, it has `Rule`s. Rows,
+matrices and halves of matrices change places and no value is converted, so that every direction is exact in every
+format; the one exception is `shifted`. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -162,6 +162,45 @@ def stacked(foreign: Sequence[str], ours: str, shape: Shape) -> Rule:
         read=lambda given: [Tensor.joined(f"{given[0].name} and others", given, *shape)],
         write=lambda own: own[0].split(),
     )
+
+
+def fused(layout: Layout, config: ModelConfig, parts: Mapping[str, Sequence[str]]) -> list[Rule]:
+    """Rules for matrices of a layer that are several of ours, one after another.
+
+    parts: foreign, without .weight -> ours, in that order.
+    """
+    shapes = weight_shapes(config)
+    return [
+        rows(
+            f"{layout.layers}.{i}.{foreign}.weight",
+            {name: shapes[name] for name in (f"layers.{i}.{part}" for part in own)},
+        )
+        for i in range(config.n_layers)
+        for foreign, own in parts.items()
+    ]
+
+
+def shifted(foreign: str, ours: str, shape: Shape, by: float) -> Rule:
+    """A vector that is stored with `by` added to each value, in float32: the one kind of rule that converts values."""
+
+    def added(vector: Tensor, shift: float) -> Tensor:
+        return Tensor.from_float32(vector.name, vector.float32() + np.float32(shift))
+
+    return Rule(
+        foreign=(foreign,),
+        ours=(ours,),
+        shapes=(shape,),
+        read=lambda given: [added(given[0], -by)],
+        write=lambda own: [added(own[0], by)],
+    )
+
+
+def shifted_norms(layout: Layout, config: ModelConfig, offset: float) -> list[Rule]:
+    """Rules for the weights of all norms in a layout where norms multiply by offset + weight; none where the
+    configuration's do so too, as it is of every model that was read from that layout."""
+    by = config.norm_offset - offset
+    norms = {name: shape for name, shape in weight_shapes(config).items() if name.endswith("norm")}
+    return [shifted(layout.name(name), name, shape, by) for name, shape in norms.items()] if by else []
 
 
 def turned(rule: Rule) -> Rule:

@@ -146,6 +146,12 @@ def _scaling_from_hf(
     )
 
 
+def partial_rotary_factor(rope: RopeConfig, head_dim: int) -> float:
+    """A factor that gives rope.dim when it is multiplied by head_dim and rounded down."""
+    factor = rope.dim / head_dim
+    return factor if int(head_dim * factor) == rope.dim else math.nextafter(factor, 2)
+
+
 def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
     """`rope_theta` and `rope_scaling`, the form that every version of transformers reads, and with some scalings
     lengths beside them."""

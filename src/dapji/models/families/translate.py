@@ -1,7 +1,6 @@
 """A whole model from and to foreign formats: configuration and weights together, so that each checks the other.
 
-Takes and returns plain mappings: the files are read and written in `weights`. Weights are renamed and their rows
-reordered, never converted, so that every direction is exact in every format.
+Takes and returns plain mappings: the files are read and written in `weights`.
 """
 
 from __future__ import annotations
@@ -13,20 +12,36 @@ import numpy as np
 from dapji.errors import ConfigError
 from dapji.models.config import AttentionConfig, ModelConfig
 from dapji.models.families.exaone import EXAONE
+from dapji.models.families.exaone4 import EXAONE4
 from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
+from dapji.models.families.gemma import GEMMA2, GEMMA3
 from dapji.models.families.layout import GGUF, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.llama4 import LLAMA4
 from dapji.models.families.mistral import MISTRAL
 from dapji.models.families.mixtral import MIXTRAL
+from dapji.models.families.phi3 import PHI3
 from dapji.models.families.qwen2 import QWEN2
 from dapji.models.families.qwen3 import QWEN3
 from dapji.models.families.qwen3_moe import QWEN3_MOE
 from dapji.models.families.rope import ROPE_TENSORS, rope_tensors
 from dapji.ops.tensor import Tensor
 
-FAMILIES = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, LLAMA4, EXAONE)
+FAMILIES = (
+    MIXTRAL,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    LLAMA4,
+    EXAONE,
+    EXAONE4,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+)
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
 _HF_RECOMPUTED = ".self_attn.rotary_emb.inv_freq"
