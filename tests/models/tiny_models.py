@@ -173,9 +173,12 @@ LOSS_TEXTS = [text(128), text(128, seed=6)]
 
 
 @cache
-def oracle_logits(name: str, length: int = TEXT) -> NDArray[np.float32]:
-    """[length, VOCAB] of `text(length)` in one pass."""
+def oracle_logits(name: str, length: int = TEXT, dtype: torch.dtype = torch.float32) -> NDArray[np.float32]:
+    """[length, VOCAB] of `text(length)` in one pass, with parameters of `dtype`."""
     model = deepcopy(oracle(name))  # dynamic scaling there remembers the longest text so far
+    model.config._experts_implementation = "eager"  # others want rows of whole 16 bytes
+    for parameter in model.parameters():  # not buffers, which stay float32 in published models too
+        parameter.data = parameter.data.to(dtype)
     with torch.no_grad():
-        logits: NDArray[np.float32] = model(torch.tensor([text(length)]), use_cache=False).logits[0].numpy()
+        logits: NDArray[np.float32] = model(torch.tensor([text(length)]), use_cache=False).logits[0].float().numpy()
     return logits

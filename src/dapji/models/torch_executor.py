@@ -134,11 +134,11 @@ def sequence_logits(
 
 
 def load_weights(tensors: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every weight dequantised to `dtype` on the device, under the same name; a selection bias to float32, since
-    bfloat16 would round away the differences that it chooses experts by."""
+    """Every weight dequantised to `dtype` on the device, under the same name; what chooses experts to float32, since
+    bfloat16 would round away the differences between them."""
 
     def load(name: str, tensor: Tensor) -> torch.Tensor:
-        kept = torch.float32 if name.endswith(".selection_bias") else dtype
+        kept = torch.float32 if name.endswith((".router", ".selection_bias")) else dtype
         return torch.tensor(tensor.float32(), dtype=kept, device=device)
 
     return {name: load(name, tensor) for name, tensor in tensors.items()}

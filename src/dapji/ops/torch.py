@@ -135,7 +135,7 @@ class TorchOps(ABC):
         return F.rms_norm(heads, (head_dim,), factors, eps).to(x.dtype).view(x.shape)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(x.to(weight.dtype), weight, bias)  # a router may be float32 where all else is bfloat16
 
     def rope(self, x: Tensor, table: RopeTable, head_dim: int) -> Tensor:
         if table not in self._angles:
