@@ -86,7 +86,7 @@ def calls(marker: str) -> AnswerFormat:
 JSON = calls("<tool_call>")
 LISTED = calls("<TOOLCALL>")
 LLAMA = calls('{"name": f, "parameters": {}} ipython')
-PYTHON = calls("[func_name1(")
+PYTHON = calls("<|python_start|>")
 LFM = calls("<|tool_call_start|>")
 XML = calls("<tool_call><function=")
 MINIMAX = calls('<minimax:tool_call><invoke name="')
@@ -200,6 +200,19 @@ EXAMPLES: list[tuple[AnswerFormat, str, Answer]] = [
             "[f(a=",
         )
     ],
+    (LLAMA, "[now()]\n", Answer(calls=[("now", "{}")])),
+    (PYTHON, '<|python_start|><|python_end|>{"name": "now", "parameters": {}}', Answer(calls=[("now", "{}")])),
+    (
+        PYTHON,
+        '<|python_start|>{"name": "now", "parameters": {}}; {"name": "now", "parameters": {}}<|python_end|> ok',
+        Answer(" ok", calls=[("now", "{}")] * 2),
+    ),
+    (PYTHON, "<|python_start|>search.call(q=1)<|python_end|>", Answer(calls=[("search", '{"q": 1}')])),
+    (
+        PYTHON,
+        "<|python_start|>print(1)<|python_end|>.",
+        Answer(".", malformed="<|python_start|>print(1)<|python_end|>"),
+    ),
     (LFM, "Hm. <|tool_call_start|>[now()]<|tool_call_end|>", Answer("Hm.", calls=[("now", "{}")])),
     # Elements
     (

@@ -18,8 +18,8 @@ from dapji.chat.formats.pythonic import PythonicCalls
 from dapji.chat.formats.thinking import Thinking
 from dapji.chat.formats.xml_calls import XmlCalls
 
-_LLAMA_4 = PythonicCalls(opener="<|python_start|>", closer="<|python_end|>", bare=True)
-_LFM_2 = PythonicCalls(opener="<|tool_call_start|>", closer="<|tool_call_end|>", bare=False)
+_LLAMA_3 = LlamaCalls(opener="<|python_tag|>", closer=None)
+_LFM_2 = PythonicCalls(opener="<|tool_call_start|>", closer="<|tool_call_end|>")
 
 
 def _named(prefix: str, opener: str) -> XmlCalls:
@@ -39,8 +39,7 @@ CALLS: Sequence[tuple[tuple[str, ...], Calls | None]] = (
     (("｜DSML｜", "function_calls"), _named("｜DSML｜", "function_calls")),
     (("｜DSML｜", "tool_calls"), _named("｜DSML｜", "tool_calls")),
     (("[TOOL_CALLS]",), MistralCalls()),
-    (("<|python_start|>",), _LLAMA_4),
-    (("[func_name1(",), _LLAMA_4),
+    (("<|python_start|>",), LlamaCalls(opener="<|python_start|>", closer="<|python_end|>")),
     (("<|tool_call_start|>",), _LFM_2),
     (("<|tool_list_start|>",), _LFM_2),
     (
@@ -74,7 +73,8 @@ CALLS: Sequence[tuple[tuple[str, ...], Calls | None]] = (
     (("<|tool_call|>",), JsonCalls(opener="<|tool_call|>", closer=None)),
     (("<|function_call|>",), JsonCalls(opener="<|function_call|>", closer=None)),
     (("functools[",), JsonCalls(opener="functools", closer=None)),
-    (('"parameters": ', "ipython"), LlamaCalls()),
+    (('"parameters": ', "ipython"), _LLAMA_3),
+    (("[func_name1(",), _LLAMA_3),
 )
 """What a template contains, all of it -> its tool calls; the first that fits counts. None: they are not read."""
 

@@ -1,6 +1,7 @@
-"""Tool calls of Llama 3: JSON as the whole answer, or after <|python_tag|>.
+"""Tool calls of Llama 3 and 4: JSON or a list of Python calls, as the whole answer or after a marker.
 
-Format: Meta's model cards and prompt formats for Llama 3.1 and 3.2.
+Format: Meta's model cards and prompt formats for Llama 3.1, 3.2 and 4. Which of the two forms a model takes depends on
+its prompt.
 """
 
 from __future__ import annotations
@@ -9,55 +10,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dapji.chat.formats.parser import Calls
+from dapji.chat.formats.pythonic import begins_list, read_list
 from dapji.chat.formats.reader import Malformed, Reader, Steps
 from dapji.chat.formats.values import json_call, python_calls
 
-_TAG = "<|python_tag|>"
 _FIRST_KEYS = ('"name"', '"type"', '"function"', '"parameters"', '"arguments"', '"id"')
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaCalls(Calls):
-    """`{"name": …, "parameters": {…}}`, several with `;` between them.
+    """`{"name": …, "parameters": {…}}`, several with `;` between them, or `[f(a=1), g(b="x")]`.
 
-    Built-in tools are called by `<|python_tag|>search.call(query="…")`. An answer in JSON that begins with another key
-    is content.
+    Built-in tools are called by `<|python_tag|>search.call(query="…")`. An answer that begins like neither form is
+    content, JSON whose first key is another one included.
     """
+
+    opener: str
+    closer: str | None
 
     @property
     def openers(self) -> Sequence[str]:
-        return (_TAG,)
+        return (self.opener,)
 
     @property
     def markers(self) -> Sequence[str]:
-        return (_TAG,)
+        return (self.opener,) if self.closer is None else (self.opener, self.closer)
 
     def steps(self, reader: Reader) -> Steps[None]:
         yield from reader.space()
-        if (yield from reader.accept("{")) is not None:
-            yield from reader.space()
-            looks_like_a_call = (yield from reader.accept(*_FIRST_KEYS)) is not None
-            reader.at = 0
-            if looks_like_a_call:
-                try:
-                    yield from self._objects(reader)
-                except Malformed:
-                    reader.content(malformed=True)
-        else:
-            reader.at = 0
+        begin = reader.at
+        first = yield from reader.sees("{", "[")
+        begun = first is not None and (yield from (begins_object if first == "{" else begins_list)(reader))
+        reader.at = begin if begun else 0
+        if begun:
+            yield from self.attempt(reader, self._objects(reader) if first == "{" else read_list(reader, None))
         yield from super().steps(reader)
 
     def call(self, reader: Reader, opener: str) -> Steps[None]:
         yield from reader.space()
-        if (yield from reader.sees("{")) is not None:
+        if self.closer is not None and (yield from reader.accept(self.closer)) is not None:
+            yield from reader.space()  # Llama 4's template writes the markers before its JSON
+        first = yield from reader.sees("{", "[")
+        if first == "{":
             yield from self._objects(reader)
-            return
-        while not reader.ended:  # a built-in tool, or a program for one: its end is that of the answer
-            yield
-        begin, reader.at = reader.at, len(reader.text)
-        for name, arguments in python_calls(reader.text[begin:]):
-            if not name.endswith(".call"):
-                raise Malformed
+        elif first == "[":
+            yield from read_list(reader, self.closer)
+        else:
+            yield from self._built_in(reader)
+
+    def _built_in(self, reader: Reader) -> Steps[None]:
+        """A call of a built-in tool; a program for one is none. Without a closer its end is that of the answer."""
+        begin = reader.at
+        if self.closer is not None:
+            text, _ = yield from reader.until(self.closer)
+        else:
+            while not reader.ended:
+                yield
+            text, reader.at = reader.text[begin:], len(reader.text)
+        calls = python_calls(text)
+        if not calls or not all(name.endswith(".call") for name, _ in calls):
+            raise Malformed
+        for name, arguments in calls:
             reader.tool_call(name.removesuffix(".call"), arguments)
 
     def _objects(self, reader: Reader) -> Steps[None]:
@@ -68,6 +81,15 @@ class LlamaCalls(Calls):
                 raise Malformed
             reader.tool_call(name, arguments)
             yield from reader.space()
-            if (yield from reader.accept(";", ",")) is None and reader.text[reader.at : reader.at + 1] != "{":
+            if self.closer is not None and (yield from reader.accept(self.closer)) is not None:
                 reader.markup()
+                yield from reader.space()
+            if (yield from reader.accept(";", ",")) is None and (yield from reader.sees("{")) is None:
                 return
+
+
+def begins_object(reader: Reader) -> Steps[bool]:
+    """Whether an object whose first key is one of a call begins at the cursor, which may move."""
+    yield from reader.accept("{")
+    yield from reader.space()
+    return (yield from reader.accept(*_FIRST_KEYS)) is not None

@@ -37,10 +37,20 @@ class Calls(Grammar):
 
     def steps(self, reader: Reader) -> Steps[None]:
         while (opener := (yield from reader.pass_until("content", *self.openers))) is not None:
-            try:
-                yield from self.call(reader, opener)
-            except Malformed:
-                reader.content(malformed=True)
+            yield from self.attempt(reader, self.call(reader, opener))
+
+    @staticmethod
+    def attempt(reader: Reader, call: Steps[None]) -> Steps[None]:
+        """A call, or what was read of it as malformed content. White space from it to the answer's end is markup."""
+        try:
+            yield from call
+        except Malformed:
+            reader.content(malformed=True)
+            return
+        yield from reader.space()
+        if reader.at < len(reader.text):
+            reader.at = 0
+        reader.markup()
 
 
 class Parser:
