@@ -20,10 +20,7 @@ THOUGHT, SAID = "먼저 날씨를 보자.", "I look it up."
 NOT_READ = {
     "CohereForAI-c4ai-command-r-plus-tool_use",
     "GigaChat3-10B-A1.8B",
-    "Kimi-K3",
     "MiniMax-M3",
-    "google-gemma-4-31B-it",
-    "google-gemma-4-31B-it-interleaved",
     "meetkai-functionary-medium-v3.2",
     "muse-glimmer",
     "tencent-Hy3",

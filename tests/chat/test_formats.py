@@ -96,6 +96,8 @@ DEEPSEEK = calls("<｜tool▁calls▁begin｜>")
 KIMI = calls("<|tool_calls_section_begin|>")
 MISTRAL = calls("[TOOL_CALLS]")
 APERTUS = calls("<|tools_prefix|>")
+GEMMA = calls("<|tool_call>call:")
+K3 = AnswerFormat.of("<|open|><|sep|><|close|>")
 HARMONY = AnswerFormat.of("<|channel|><|message|>")
 THINK = AnswerFormat.of("<think></think>")
 BOTH = AnswerFormat.of("<think></think><tool_call>")
@@ -296,6 +298,28 @@ EXAMPLES: list[tuple[AnswerFormat, str, Answer]] = [
         "<|tool_call_argument_begin|> {} <|tool_call_end|><|tool_calls_section_end|>",
         Answer("I look.", calls=[("weather", CITY), ("a.b", "{}")], ids=["functions.weather:0", "functions.a.b:1"]),
     ),
+    (
+        K3,
+        "<|open|>think<|sep|>음.<|close|>think<|sep|><|open|>response<|sep|> I look.<|close|>response<|sep|>"
+        "<|open|>tools<|sep|>"
+        '<|open|>call tool="weather" index="1"<|sep|><|open|>argument key="city" type="string"<|sep|>"서울"\n'
+        '<|close|>argument<|sep|><|open|>argument key="days" type="number"<|sep|>2<|close|>argument<|sep|>'
+        '<|close|>call<|sep|><|open|>call tool="now" index="2"<|sep|><|open|>json type="object"<|sep|>{"a":1}'
+        "<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|><|close|>message<|sep|>",
+        Answer(" I look.", "음.", calls=[("weather", '{"city": "\\"서울\\"\\n", "days": 2}'), ("now", '{"a":1}')]),
+    ),
+    (K3, "<|open|>tools<|sep|>x", Answer("x", malformed="<|open|>tools<|sep|>")),
+    (
+        GEMMA,
+        'Hm.<|tool_call>call:weather{city:<|"|>서울 "}<|"|>,days:-2.5,where:{<|"|>k:<|"|>: [ true,None,[] ], e:{}}}'
+        "<tool_call|>",
+        Answer(
+            "Hm.",
+            calls=[("weather", '{"city": "서울 \\"}", "days": -2.5, "where": {"k:": [true, null, []], "e": {}}}')],
+        ),
+    ),
+    (GEMMA, "<|tool_call>call:now{}<tool_call|><|tool_call>call:now{}", Answer(calls=[("now", "{}")] * 2)),
+    (GEMMA, "<|tool_call>call:now{a:b}", Answer("}", malformed="<|tool_call>call:now{a:b")),
     # Mistral
     (
         MISTRAL,
@@ -333,7 +357,7 @@ def test_reads_every_format_in_any_cut(format: AnswerFormat, text: str, expected
         json.loads(call[1])
 
 
-FORMATS = [NONE, THINK, HARMONY, *(AnswerFormat(reasoning=THINKING[0], calls=calls) for _, calls in CALLS if calls)]
+FORMATS = [NONE, THINK, HARMONY, K3, *(AnswerFormat(reasoning=THINKING[0], calls=calls) for _, calls in CALLS if calls)]
 _WORDS = sorted(
     {
         marker

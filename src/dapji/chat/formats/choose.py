@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapji.chat.formats.deepseek import DeepSeekCalls
+from dapji.chat.formats.gemma import GemmaCalls
 from dapji.chat.formats.glm import GlmCalls
 from dapji.chat.formats.harmony import Harmony
 from dapji.chat.formats.json_calls import JsonCalls
 from dapji.chat.formats.kimi import KimiCalls
+from dapji.chat.formats.kimi_k3 import KimiK3
 from dapji.chat.formats.llama import LlamaCalls
 from dapji.chat.formats.mistral import MistralCalls
 from dapji.chat.formats.parser import Calls, Grammar, Parser
@@ -39,6 +41,7 @@ CALLS: Sequence[tuple[tuple[str, ...], Calls | None]] = (
     (("｜DSML｜", "function_calls"), _named("｜DSML｜", "function_calls")),
     (("｜DSML｜", "tool_calls"), _named("｜DSML｜", "tool_calls")),
     (("[TOOL_CALLS]",), MistralCalls()),
+    (("<|tool_call>call:",), GemmaCalls()),
     (("<|python_start|>",), LlamaCalls(opener="<|python_start|>", closer="<|python_end|>")),
     (("<|tool_call_start|>",), _LFM_2),
     (("<|tool_list_start|>",), _LFM_2),
@@ -95,15 +98,17 @@ THINKING: Sequence[Thinking] = (
 class AnswerFormat:
     """The grammars of one chat template's answers."""
 
-    reasoning: Thinking | Harmony | None
+    reasoning: Grammar | None
+    """Of an answer's beginning; where it reads whole answers, it reads their calls too."""
     calls: Calls | None
-    """Harmony has its own."""
 
     @classmethod
     def of(cls, template: str) -> AnswerFormat:
         """As the template's source tells."""
         if "<|channel|>" in template and "<|message|>" in template:
             return cls(reasoning=Harmony(), calls=None)
+        if all(part in template for part in ("<|open|>", "<|sep|>", "<|close|>")):
+            return cls(reasoning=KimiK3(), calls=None)
         thinking = next((thinking for thinking in THINKING if thinking.closer in template), None)
         calls = next((calls for parts, calls in CALLS if all(part in template for part in parts)), None)
         return cls(reasoning=thinking, calls=calls)
@@ -113,10 +118,8 @@ class AnswerFormat:
     ) -> Parser:
         """For an answer that follows `prompt`; tools and control as in `Parser`. No tools: no calls are looked for."""
         grammars: list[Grammar] = []
-        if isinstance(self.reasoning, Thinking):
+        if self.reasoning is not None:
             grammars.append(self.reasoning.after(prompt))
-        elif self.reasoning is not None:
-            grammars.append(self.reasoning)
         if tools and self.calls is not None:
             grammars.append(self.calls)
         return Parser(*grammars, control=control, tools=tools or ())

@@ -22,6 +22,10 @@ class Grammar(ABC):
     def steps(self, reader: Reader) -> Steps[None]:
         """Reads its part of an answer, to its own end or to that of the answer. Never raises."""
 
+    def after(self, prompt: str) -> Grammar:
+        """As it is for an answer to this prompt, which may have begun it."""
+        return self
+
 
 class Calls(Grammar):
     """Tool calls that begin with a marker, anywhere in the text."""

@@ -23,7 +23,6 @@ class Thinking(Grammar):
         return (self.opener, self.closer)
 
     def after(self, prompt: str) -> Thinking:
-        """As it is for an answer that follows this text."""
         return replace(self, opened=prompt.rstrip().endswith(self.opener.rstrip()))
 
     def steps(self, reader: Reader) -> Steps[None]:
