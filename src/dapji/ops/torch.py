@@ -206,7 +206,7 @@ class CachedTorchOps(TorchOps):
         self, batch: Batch, cache: TorchCache, tables: TorchTables, device: torch.device, *, length: int | None = None
     ) -> None:
         """length: attend as if the longest sequence had so many tokens (at least as many as it has), by the same
-        operations whatever the lengths are. Default: by what is least to do."""
+        operations whatever lengths and values are, as a CUDA graph must. Default: by what is least to do."""
         super().__init__(_index(batch.tokens, device), _index(batch.positions, device), tables)
         self._recordable = length is not None
         self._cache = cache
