@@ -109,7 +109,10 @@ PENDING: dict[str, set[str]] = {"native": {*tiny_experts.TINY, *tiny_dense.PENDI
 """Models that an executor cannot run yet."""
 CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PENDING.get(kind.partition("-")[0], ())]
 """Every model on every executor."""
-_NAMES = ("llama-3.1", "mistral", "qwen2-window", "qwen3", "qwen3-moe", "mixtral-window", "llama-4")
+_NAMES = (
+    *("llama-3.1", "mistral", "qwen2-window", "qwen3", "qwen3-moe", "mixtral-window", "llama-4"),
+    *("exaone4-hybrid", "gemma2", "gemma3", "phi3-longrope"),
+)
 DISTINCT = [case for case in CASES if case[0] in _NAMES]
 """Of CASES, a model of each mechanism that caches, batches or positions could disturb."""
 
