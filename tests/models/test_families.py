@@ -50,6 +50,7 @@ ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     **tiny_experts.ARCHITECTURES,
     **tiny_dense.ARCHITECTURES,
 }
@@ -193,8 +194,8 @@ def test_tensors_are_named_and_permuted_as_in_llama_cpp(name: str) -> None:
         n_heads = {"q": config.layers[0].attention.n_heads, "k": config.layers[0].attention.n_kv_heads}.get(
             key.rsplit(".", 1)[-1].removesuffix("_bias")
         )
-        in_pairs = metadata["general.architecture"] in ("llama", "llama4")
-        if n_heads is not None and in_pairs and config.layers[int(key.split(".")[1])].attention.rope is not None:
+        in_pairs = metadata["general.architecture"] in ("llama", "llama4", "smollm3")
+        if n_heads is not None and in_pairs:
             pairs = values.reshape(n_heads, 2, len(values) // n_heads // 2, -1)
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         np.testing.assert_array_equal(named[gguf_name].float32(), values)

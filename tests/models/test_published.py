@@ -36,6 +36,7 @@ PARAMETERS = {
     "vicuna-7b-v1.5-16k": 6_738_415_616,
     "smollm2-135m-instruct": 134_515_008,
     "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-instruct-v0.2": 7_241_732_096,
     "mistral-7b-instruct-v0.3": 7_248_023_552,

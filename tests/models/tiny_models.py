@@ -100,6 +100,10 @@ TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (_QWEN2, {**_rope("default", 1_000_000.0), "tie_word_embeddings": True}),
     "qwen2-window": (_QWEN2, {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen2-yarn": (_QWEN2, _yarn(factor=4.0)),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {"num_hidden_layers": 5, "tie_word_embeddings": True, "pad_token_id": None},
+    ),
     **tiny_experts.TINY,
     **tiny_latent.TINY,
     **tiny_dense.TINY,

@@ -224,10 +224,9 @@ def interleaved(layout: Layout, config: ModelConfig) -> list[Rule]:
     for i, layer in enumerate(config.layers):
         attention = layer.attention
         assert isinstance(attention, AttentionConfig)
-        if attention.rope is None:
-            continue
         for part, n_heads in (("attention.q", attention.n_heads), ("attention.k", attention.n_kv_heads)):
-            order = pairs(n_heads, attention.head_dim, attention.rope.dim)
+            # where nothing is rotated the order means nothing, but files have the same in every layer
+            order = pairs(n_heads, attention.head_dim, attention.rope.dim if attention.rope else attention.head_dim)
             name = f"layers.{i}.{part}"
             rules.append(rows(layout.in_layer(i, part), {name: shapes[name]}, order))
             if attention.qkv_bias:

@@ -26,6 +26,7 @@ from dapji.models.families.qwen2 import QWEN2
 from dapji.models.families.qwen3 import QWEN3
 from dapji.models.families.qwen3_moe import QWEN3_MOE
 from dapji.models.families.rope import ROPE_TENSORS, rope_tensors
+from dapji.models.families.smollm3 import SMOLLM3
 from dapji.ops.tensor import Tensor
 
 FAMILIES = (
@@ -41,6 +42,7 @@ FAMILIES = (
     GEMMA2,
     GEMMA3,
     PHI3,
+    SMOLLM3,
 )
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
