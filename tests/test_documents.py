@@ -106,11 +106,13 @@ def test_ways_to_install_exist() -> None:
         assert f"option({switch} " in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
 
 
-EXAMPLES = re.findall(
-    r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```$",
-    (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-    re.MULTILINE | re.DOTALL,
-)
+EXAMPLES = [
+    example
+    for page in ("CONTRIBUTING.md", "docs/adding-a-family.md")
+    for example in re.findall(
+        r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+]
 
 
 @pytest.mark.parametrize(("path", "example"), EXAMPLES, ids=[path for path, _ in EXAMPLES])
@@ -119,7 +121,7 @@ def test_examples_are_word_for_word(path: str, example: str) -> None:
 
 
 def test_every_convention_of_code_has_an_example() -> None:
-    assert len(EXAMPLES) >= 12
+    assert len(EXAMPLES) >= 13
 
 
 def test_versions_agree() -> None:

@@ -275,6 +275,9 @@ FACTORS = (1.0,) * 7 + (2.0,)
         ("mistral", lambda c: changed(c, 1, window=9), "mistral has no form for windows in some layers only"),
         ("qwen2", lambda c: changed(c, qkv_bias=False), "qwen2 has biases on q, k and v, and no form for others"),
         ("qwen2-window", lambda c: changed(c, 1, window=9), r"qwen2 has one sliding_window, not \[9, 24\]"),
+        ("smollm3", lambda c: changed(c, rope=None), "no form for a model without any rotation"),
+        ("smollm3", lambda c: changed(c, qkv_bias=True), "smollm3 has no form for biases and windows"),
+        ("smollm3", lambda c: changed(c, 1, n_kv_heads=4), "layers that differ but in rotation: 1"),
     ],
 )
 def test_what_config_json_cannot_say(name: str, change: Callable[[ModelConfig], ModelConfig], message: str) -> None:
@@ -297,6 +300,7 @@ def test_what_config_json_cannot_say(name: str, change: Callable[[ModelConfig], 
             lambda c: with_rope(c, frequency_factors=FACTORS),
             "no form for this rope scaling in the architecture qwen2",
         ),
+        ("smollm3", lambda c: changed(c, 1, rope=None), "layers without rotation other than every 4th"),
     ],
 )
 def test_what_gguf_cannot_say(name: str, change: Callable[[ModelConfig], ModelConfig], message: str) -> None:

@@ -70,6 +70,12 @@ def test_scaling_matters_at_these_positions(name: str) -> None:
     assert np.abs(logits(plain, tensors) - oracle_logits(name))[ORIGINAL:].max() > 0.1
 
 
+def test_layers_without_rope_matter() -> None:
+    config, tensors = translated("smollm3")
+    rotated = replace(config, layers=(config.layers[0],) * config.n_layers)
+    assert np.abs(logits(rotated, tensors) - oracle_logits("smollm3")).max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2-window"])
 def test_the_window_matters_from_its_length_on(name: str) -> None:
     config, tensors = translated(name)
