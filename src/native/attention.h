@@ -646,6 +646,11 @@ struct Attention {
 // What a program calls between its matrix products, of one instruction set. None allocates, throws or starts a thread.
 struct RowKernels {
   void (*norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
+  void (*add_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
+  void (*softcap)(float cap, std::int64_t n, float* x);
+  void (*scores)(const float* logits, std::int64_t n, bool sigmoid, float* out);
+  void (*add_weighted)(const float* given, std::size_t ldg, const std::int32_t* rows, const float* weights, int k,
+                       std::int64_t n, float* x);
   void (*write_kv)(const KvTile& tile, std::byte* data, int position, const float* k, const float* v,
                    const HeadTransform& key, float* scratch);
   void (*attend)(const AttentionItem& item, float* scratch);
@@ -654,7 +659,8 @@ struct RowKernels {
 
 template <class S>
 constexpr RowKernels row_kernels() {
-  return {RowOps<S>::norm, Attention<S>::write_kv, Attention<S>::attend, Attention<S>::combine};
+  return {RowOps<S>::template norm<false>, RowOps<S>::template norm<true>, RowOps<S>::softcap, RowOps<S>::scores,
+          RowOps<S>::add_weighted, Attention<S>::write_kv, Attention<S>::attend, Attention<S>::combine};
 }
 
 }  // namespace dapji

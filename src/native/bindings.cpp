@@ -118,6 +118,20 @@ void add_linear(Program& program, int input, const std::optional<Floats>& norm, 
   program.add_linear(input, std::move(normed), std::move(converted));
 }
 
+using ManyPanels = std::vector<std::shared_ptr<Panels>>;
+
+void add_experts(Program& program, int input, int logits, int output, const ManyPanels& gate, const ManyPanels& up,
+                 const ManyPanels& down, const std::string& activation, int n_per_token, bool sigmoid, int n_groups,
+                 int n_groups_per_token, bool top2, bool normalized, float scale, bool weighs_input,
+                 const std::optional<Floats>& selection_bias) {
+  const Routing routing{static_cast<int>(gate.size()), n_per_token, sigmoid, n_groups, n_groups_per_token, top2,
+                        normalized, scale, weighs_input};
+  program.add_experts(input, logits, output,
+                      {{gate.begin(), gate.end()}, {up.begin(), up.end()}, {down.begin(), down.end()}},
+                      parse_activation(activation), routing,
+                      selection_bias ? copied(*selection_bias) : std::vector<float>{});
+}
+
 void step(Program& program, const Ints& tokens, const Ints& positions, const Ints& starts, const IntMatrix& blocks,
           const Ints& rows, const Result& logits) {
   BatchView batch{};
@@ -261,8 +275,18 @@ NB_MODULE(_native, m) {
           },
           "isa"_a, "threads"_a, "context"_a, "vocab"_a, "kv"_a, "layers"_a, "n_blocks"_a, "widths"_a)
       .def_ro_static("LOGITS", &Program::kLogits)
-      .def("add_embed", [](Program& program, std::shared_ptr<Panels> table,
-                           int output) { program.add_embed(std::move(table), output); })
+      .def(
+          "add_embed",
+          [](Program& program, std::shared_ptr<Panels> table, float scale, int output) {
+            program.add_embed(std::move(table), scale, output);
+          },
+          "table"_a, "scale"_a, "output"_a)
+      .def(
+          "add_norm",
+          [](Program& program, int input, const Floats& weight, float eps, int output, bool added) {
+            program.add_norm(input, Norm{copied(weight), eps}, output, added);
+          },
+          "input"_a, "weight"_a, "eps"_a, "output"_a, "added"_a)
       .def("add_linear", &add_linear, "input"_a, "norm"_a.none(), "eps"_a, "products"_a)
       .def(
           "add_rope",
@@ -286,7 +310,11 @@ NB_MODULE(_native, m) {
           },
           "q"_a, "k"_a, "v"_a, "output"_a, "layer"_a, "n_heads"_a, "rope"_a, "scale"_a, "window"_a, "chunk"_a,
           "softcap"_a, "temperature"_a.none(), "q_norm"_a.none(), "k_norm"_a.none())
+      .def("add_experts", &add_experts, "input"_a, "logits"_a, "output"_a, "gate"_a, "up"_a, "down"_a, "activation"_a,
+           "n_per_token"_a, "sigmoid"_a, "n_groups"_a, "n_groups_per_token"_a, "top2"_a, "normalized"_a, "scale"_a,
+           "weighs_input"_a, "selection_bias"_a.none())
       .def("add_select", &Program::add_select, "buffers"_a)
+      .def("add_softcap", &Program::add_softcap, "cap"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,
            "logits"_a.noconvert())
       .def("copy_block", &Program::copy_block, "source"_a, "target"_a, nb::call_guard<nb::gil_scoped_release>())

@@ -31,6 +31,8 @@ void Scratch::reserve(std::size_t n_floats) {
 
 // ---- building ----
 
+void Program::refuse(const std::string& what) { throw std::invalid_argument(what); }
+
 Program::Program(Isa isa, int threads, int context, int vocab, KvFormat kv, const std::vector<KvShape>& layers,
                  int n_blocks, const std::vector<int>& widths)
     : kernels_(kernels(isa)),
@@ -61,13 +63,6 @@ void Program::check_buffer(int buffer, const char* what) const {
   }
 }
 
-void Program::add_embed(std::shared_ptr<const Panels> table, int output) {
-  check_buffer(output, "embed");
-  const PanelsView& view = table->view();
-  if (view.rows < vocab_ || view.cols != width(output)) refuse("embed: the table does not fit");
-  operations_.emplace_back(Embed{std::move(table), output});
-}
-
 void Program::add_linear(int input, std::optional<Norm> norm, std::vector<Product> products) {
   check_buffer(input, "linear");
   if (products.empty()) refuse("linear: no products");
@@ -75,8 +70,8 @@ void Program::add_linear(int input, std::optional<Norm> norm, std::vector<Produc
   op.input = input;
   op.cols = width(input);
   if (norm && static_cast<std::int64_t>(norm->weight.size()) != op.cols) refuse("linear: the norm does not fit");
-  op.gated = products.size() == 2 && products[1].kind == Epilogue::Kind::gate;
-  for (const Product& product : products) {
+  for (std::size_t i = 0; i < products.size(); ++i) {
+    const Product& product = products[i];
     const PanelsView& view = product.panels->view();
     if (product.output != kLogits) check_buffer(product.output, "linear");
     if (product.output == input) refuse("linear: in place");
@@ -84,7 +79,8 @@ void Program::add_linear(int input, std::optional<Norm> norm, std::vector<Produc
     if (!product.bias.empty() && static_cast<std::int64_t>(product.bias.size()) != view.rows) {
       refuse("linear: a bias does not fit");
     }
-    if (product.kind == Epilogue::Kind::gate && !(op.gated && product.output == products[0].output)) {
+    if (product.kind == Epilogue::Kind::gate &&
+        (i == 0 || products[i - 1].kind != Epilogue::Kind::store || products[i - 1].output != product.output)) {
       refuse("linear: a gate wants a product before it, of the same output");
     }
     (is_float(view.format) ? op.floating : op.quantized) = true;
@@ -102,11 +98,14 @@ void Program::add_linear(int input, std::optional<Norm> norm, std::vector<Produc
   };
   std::vector<Part> parts;
   std::size_t total = 0;
-  for (int i = 0; i < static_cast<int>(op.products.size()); i += op.gated ? 2 : 1) {
-    std::size_t bytes = op.products[i].panels->view().panel_bytes;
-    if (op.gated) bytes += op.products[i + 1].panels->view().panel_bytes;
-    parts.push_back({i, op.products[i].panels->view().n_panels, bytes});
-    total += bytes * static_cast<std::size_t>(parts.back().panels);
+  for (int i = 0; i < static_cast<int>(op.products.size()); ++i) {
+    const PanelsView& view = op.products[i].panels->view();
+    if (op.products[i].kind == Epilogue::Kind::gate) {
+      parts.back().bytes += view.panel_bytes;
+    } else {
+      parts.push_back({i, view.n_panels, view.panel_bytes});
+    }
+    total += view.panel_bytes * static_cast<std::size_t>(view.n_panels);
   }
   const std::size_t n_workers = pool_->size();
   op.fair.resize(n_workers);
@@ -138,11 +137,6 @@ int Program::add_rope(const float* cos, const float* sin, int dim) {
   const std::size_t size = static_cast<std::size_t>(context_) * (dim / 2);
   ropes_.push_back({{cos, cos + size}, {sin, sin + size}, dim});
   return static_cast<int>(ropes_.size()) - 1;
-}
-
-void Program::add_select(std::vector<int> buffers) {
-  for (const int buffer : buffers) check_buffer(buffer, "select");
-  operations_.emplace_back(Select{std::move(buffers)});
 }
 
 // ---- running ----
@@ -190,6 +184,9 @@ void Program::prepare(const BatchView& batch) {
   for (Worker& worker : workers_) {
     worker.quantized.reserve(Quantized::bytes(kFew, max_cols_, kFew) / sizeof(float));
     worker.normed.reserve(static_cast<std::size_t>(kFew * max_normed_cols_));
+  }
+  for (const Operation& op : operations_) {
+    if (const auto* const experts = std::get_if<Experts>(&op)) prepare(*experts, batch.n_tokens);
   }
   if (n_counters_ != operations_.size()) {
     n_counters_ = operations_.size();
@@ -260,12 +257,6 @@ float* Program::row(int buffer, int index) {
   return buffers_[buffer].memory.data() + static_cast<std::size_t>(index) * buffers_[buffer].width;
 }
 
-void Program::run(const Embed& op, std::size_t, unsigned worker) {
-  for (int i = static_cast<int>(worker); i < batch_.n_tokens; i += static_cast<int>(pool_->size())) {
-    dequantize_row(op.table->view(), batch_.tokens[i], row(op.output, i));
-  }
-}
-
 void Program::run(const Linear& op, std::size_t index, unsigned worker) {
   const int n = n_rows_;
   if (n == 0) return;
@@ -324,32 +315,25 @@ void Program::multiply(const Linear& op, const Range& range, const Rows& rows, c
                        const float* x, Worker& mine) {
   const int n = rows.to - rows.from;
   const auto ldx = static_cast<std::size_t>(op.cols);
-  for (int i = range.product; i <= range.product + (op.gated ? 1 : 0); ++i) {
+  std::size_t i = static_cast<std::size_t>(range.product);
+  do {
     const Product& product = op.products[i];
     const PanelsView& w = product.panels->view();
     const Epilogue epilogue{product.kind, product.activation, product.bias.empty() ? nullptr : product.bias.data()};
     const std::size_t ldy = static_cast<std::size_t>(width(product.output));
     float* const y = (product.output == kLogits ? logits_ : row(product.output, 0)) + rows.from * ldy;
-    if (is_float(w.format)) {
-      kernels_.matmul.linear_f(w, x + rows.from * ldx, ldx, n, range.from, range.to, y, ldy, epilogue);
-    } else {
-      kernels_.matmul.linear_q(w, quantized.from(rows.from), n, range.from, range.to, y, ldy, epilogue,
-                               mine.matmul.data());
-    }
-  }
+    multiply(w, quantized.from(rows.from), x + rows.from * ldx, n, range.from, range.to, y, ldy, epilogue, mine);
+  } while (++i < op.products.size() && op.products[i].kind == Epilogue::Kind::gate);
 }
 
-void Program::run(const Select& op, std::size_t, unsigned worker) {
-  if (worker != 0) return;
-  if (batch_.n_rows != batch_.n_tokens) {
-    for (const int buffer : op.buffers) {
-      const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(width(buffer));
-      for (int i = 0; i < batch_.n_rows; ++i) {
-        if (batch_.rows[i] != i) std::memcpy(row(buffer, i), row(buffer, batch_.rows[i]), bytes);
-      }
-    }
+void Program::multiply(const PanelsView& w, const Quantized& quantized, const float* x, std::int64_t n_rows,
+                       std::int64_t from, std::int64_t to, float* y, std::size_t ldy, const Epilogue& epilogue,
+                       Worker& mine) {
+  if (is_float(w.format)) {
+    kernels_.matmul.linear_f(w, x, static_cast<std::size_t>(w.cols), n_rows, from, to, y, ldy, epilogue);
+  } else {
+    kernels_.matmul.linear_q(w, quantized, n_rows, from, to, y, ldy, epilogue, mine.matmul.data());
   }
-  n_rows_ = batch_.n_rows;
 }
 
 // ---- inspection ----
@@ -373,8 +357,6 @@ std::vector<std::string> Program::describe() const {
   return lines;
 }
 
-std::string Program::line(const Embed& op) const { return "embed " + name(op.table->view()); }
-
 std::string Program::line(const Linear& op) const {
   std::string text = op.norm ? "norm, linear" : "linear";
   for (const Product& product : op.products) {
@@ -385,7 +367,6 @@ std::string Program::line(const Linear& op) const {
   return text;
 }
 
-std::string Program::line(const Select&) const { return "select rows"; }
 
 std::string Program::name(const PanelsView& view) {
   return std::string(format_info(view.format).name) + " " + std::to_string(view.rows) + "x" + std::to_string(view.cols);

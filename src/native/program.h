@@ -21,6 +21,7 @@
 #include "kvcache.h"
 #include "panels.h"
 #include "pool.h"
+#include "routing.h"
 
 namespace dapji {
 
@@ -74,6 +75,12 @@ struct AttentionSettings {
   std::optional<Norm> q_norm, k_norm;  // [Dh], of each head before it is rotated
 };
 
+// The matrices of routed experts, one of each for every expert, each kind in one format.
+struct ExpertMatrices {
+  std::vector<std::shared_ptr<const Panels>> gate, up;  // [hidden, dim]
+  std::vector<std::shared_ptr<const Panels>> down;      // [dim, hidden]
+};
+
 class Program {
  public:
   static constexpr int kLogits = -1;  // the output of the whole program, [R, V]
@@ -86,8 +93,11 @@ class Program {
 
   // ---- building: each appends one operation. Throws std::invalid_argument where shapes do not fit. ----
 
-  // output [T, D] = rows of `table` [V, D] for the batch's tokens
-  void add_embed(std::shared_ptr<const Panels> table, int output);
+  // output [T, D] = rows of `table` [V, D] for the batch's tokens, times `scale`
+  void add_embed(std::shared_ptr<const Panels> table, float scale, int output);
+
+  // output = norm(input), or, where `added`, output += norm(input); another buffer.
+  void add_norm(int input, Norm norm, int output, bool added);
 
   // Each product of norm(input) or, without a norm, of input. A product of Kind::gate multiplies the activation of what
   // the product before it has stored, so the two have one output.
@@ -99,8 +109,15 @@ class Program {
   // Norms and rotates q and k, writes k and v to the cache, attends.
   void add_attention(int q, int k, int v, int output, AttentionSettings settings);
 
+  // output += what the experts that `routing` chooses by `logits` [T, E] give for input. selection_bias: [E], or empty.
+  void add_experts(int input, int logits, int output, ExpertMatrices matrices, Activation activation,
+                   const Routing& routing, std::vector<float> selection_bias);
+
   // Keeps of these buffers the batch's rows; what follows has R rows, and nothing else may be read any more.
   void add_select(std::vector<int> buffers);
+
+  // logits = cap tanh(logits / cap), after they were made
+  void add_softcap(float cap);
 
   // ---- running ----
 
@@ -127,7 +144,14 @@ class Program {
  private:
   struct Embed {
     std::shared_ptr<const Panels> table;
+    float scale;
     int output;
+  };
+  struct Normed {
+    int input;
+    Norm norm;
+    int output;
+    bool added;
   };
   struct Range {
     int product;
@@ -138,7 +162,6 @@ class Program {
     std::int64_t cols;
     std::optional<Norm> norm;
     std::vector<Product> products;
-    bool gated;                            // products are (gate, up) of one output
     bool quantized, floating;              // which forms of the input the products want
     std::vector<std::vector<Range>> fair;  // per worker: equal shares of the bytes, for few rows
     std::vector<Range> chunks;             // small shares, for many rows
@@ -148,10 +171,24 @@ class Program {
     int n_kv_heads, head_dim;
     AttentionSettings settings;
   };
+  struct Experts {
+    int input, logits, output;
+    std::int64_t dim, hidden;
+    ExpertMatrices matrices;
+    Activation activation;
+    Routing routing;
+    std::vector<float> selection_bias;
+    bool quantized, floating;  // which forms of the input gate and up want
+    // Whether the inputs lie side by side as floats before they are multiplied.
+    bool gathers() const { return floating || routing.weighs_input; }
+  };
   struct Select {
     std::vector<int> buffers;
   };
-  using Operation = std::variant<Embed, Linear, Attend, Select>;
+  struct Softcap {
+    float cap;
+  };
+  using Operation = std::variant<Embed, Normed, Linear, Attend, Experts, Select, Softcap>;
 
   struct RopeTable {
     std::vector<float> cos, sin;
@@ -163,6 +200,8 @@ class Program {
   };
   struct Worker {
     Scratch matmul, attention, normed, quantized;
+    RoutingScratch routing;
+    Dispatch dispatch;  // of few tokens
   };
   struct Rows {
     int from, to;
@@ -174,16 +213,23 @@ class Program {
     int at, n;
   };
 
+  [[noreturn]] static void refuse(const std::string& what);  // throws std::invalid_argument
   float* row(int buffer, int index);
   int width(int buffer) const;
   void check_buffer(int buffer, const char* what) const;
   void check(const BatchView& batch);
   void prepare(const BatchView& batch);
+  void prepare(const Experts& op, int n_tokens);
   void run(unsigned worker);
   void run(const Embed& op, std::size_t index, unsigned worker);
+  void run(const Normed& op, std::size_t index, unsigned worker);
   void run(const Linear& op, std::size_t index, unsigned worker);
   void run(const Attend& op, std::size_t index, unsigned worker);
+  void run(const Experts& op, std::size_t index, unsigned worker);
+  void run_few(const Experts& op, unsigned worker);
+  void run_many(const Experts& op, std::size_t index, unsigned worker);
   void run(const Select& op, std::size_t index, unsigned worker);
+  void run(const Softcap& op, std::size_t index, unsigned worker);
   // The next of n items of a phase (0, 1) of the operation at `index`: a worker's own share of them first, then what the
   // others have not begun; -1: none is left.
   int take(std::size_t index, int phase, unsigned worker, int n);
@@ -191,13 +237,29 @@ class Program {
   void multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized, const float* x,
                 Worker& mine);
   HeadTransform transform(const Attend& op, const std::optional<Norm>& norm) const;
+  // y of rows' products with some panels; x: where these are floats, rows side by side.
+  void multiply(const PanelsView& w, const Quantized& quantized, const float* x, std::int64_t n_rows, std::int64_t from,
+                std::int64_t to, float* y, std::size_t ldy, const Epilogue& epilogue, Worker& mine);
+  void route(const Experts& op, int token, Dispatch& dispatch, Worker& mine);
+  void take_rows(const Experts& op, const Dispatch& dispatch, const Rows& rows, float* gathered, void* rounded);
+  void round_hidden(const Experts& op, const Dispatch& dispatch, const Rows& rows, void* rounded);
+  Quantized rounded_rows(const Dispatch::Group& group, std::int64_t cols, std::size_t at, void* rounded) const;
+  void round_row(const Dispatch::Group& group, int index, const float* x, const Quantized& out);
+  void multiply_up(const Experts& op, const Dispatch::Group& group, std::int64_t from, std::int64_t to,
+                   const float* gathered, void* rounded, Worker& mine);
+  void multiply_down(const Experts& op, const Dispatch::Group& group, std::int64_t from, std::int64_t to, void* rounded,
+                     Worker& mine);
+  void add_given(const Experts& op, Dispatch& dispatch, int token, std::int64_t from, std::int64_t to);
   KvView kv_view(const Attend& op, int sequence, int head);
   void write_kv(const Attend& op, int sequence, int token, int head, Worker& mine);
   float* partial(const Segments& segments, int segment, int head, std::size_t size);
   std::string line(const Embed& op) const;
+  std::string line(const Normed& op) const;
   std::string line(const Linear& op) const;
   std::string line(const Attend& op) const;
+  std::string line(const Experts& op) const;
   std::string line(const Select& op) const;
+  std::string line(const Softcap& op) const;
   static std::string name(const PanelsView& view);
 
   const Kernels& kernels_;
@@ -225,6 +287,8 @@ class Program {
   std::vector<Segments> segments_;   // per sequence, where single_
   int n_partials_ = 0;
   Scratch quantized_, normed_, partials_;
+  Dispatch dispatch_;         // of more than kFew tokens
+  Scratch hidden_, given_;    // of experts: per row, what lies between the matrices, and what comes out
   std::unique_ptr<std::atomic<int>[]> next_;  // per operation, phase (two) and worker: items taken; see take
   std::size_t n_counters_ = 0;
   std::vector<std::uint64_t> written_;        // per block: step in which it was written last

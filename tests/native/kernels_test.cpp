@@ -368,7 +368,7 @@ Results program(Isa isa, int threads) {
                    Activation::silu};
   };
   const Norm norm{random.reals(dim), 1e-5f};
-  program.add_embed(random_panels(Format::Q8_0, vocab, dim, random), x);
+  program.add_embed(random_panels(Format::Q8_0, vocab, dim, random), 1.0f, x);
   program.add_linear(x, norm,
                      {product(Format::Q4_0, dim, dim, q, Kind::store, true), product(Format::Q5_1, kv_dim, dim, k),
                       product(Format::IQ4_NL, kv_dim, dim, v)});

@@ -190,8 +190,11 @@ class Recorder:
         routing: Routing,
         activation: Activation,
     ) -> Node:
-        weights = [gate, up, down] if selection_bias is None else [gate, up, down, selection_bias]
-        return self._add("experts", x, logits, weights=weights, width=x.width, routing=routing, activation=activation)
+        matrices = [*gate.split(), *up.split(), *down.split()]
+        return self._add(
+            "experts", x, logits, weights=matrices, width=x.width,
+            selection_bias=selection_bias, routing=routing, activation=activation,
+        )  # fmt: skip
 
     def add(self, a: Node, b: Node) -> Node:
         return self._add("add", a, b, width=a.width)
@@ -219,18 +222,21 @@ class _Product:
 class _Lowering:
     """Fuses nodes and gives them buffers.
 
-    norm: into every linear that reads it. add(x, linear): the product is added to x where it lies. gated(linear,
-    linear): the second product multiplies the activation of the first where that lies. norm_heads and rope: into
-    attention, which norms and rotates as it reads. Linears that read one value next to each other become one operation.
+    norm: into every linear that reads it; computed once, where others read it too. add(x, y) of a linear, a norm or
+    experts: y is added to x where that lies. gated(linear, linear): the second product multiplies the activation of the
+    first where that lies. norm_heads and rope: into attention, which norms and rotates as it reads. Linears that read one
+    value next to each other become one operation.
     """
 
     def __init__(self, nodes: Sequence[Node], output: Node) -> None:
         self._nodes = nodes
-        self._output = output
+        self._capped = output.op == "softcap"
+        self._logits = output.inputs[0] if self._capped else output
         self._users: dict[Node, list[Node]] = {}
         for node in nodes:
             for x in node.inputs:
                 self._users.setdefault(x, []).append(node)
+        self._unread = {node: len(users) for node, users in self._users.items()}
         self._buffer_of: dict[Node, int] = {}
         self._free: dict[int, list[int]] = {}
         self.widths: list[int] = []
@@ -239,56 +245,87 @@ class _Lowering:
         """Calls emit(operation, …) for each operation in order."""
         pending: list[_Product] = []
         for node in self._nodes:
+            if self._is_fused(node):
+                continue
             if pending and not (node.op == "linear" and node.inputs == pending[0].node.inputs):
-                if node.op in ("add", "gated") and any(node is product.result for product in pending):
-                    continue  # fused: computed by the pending products
                 self._flush(pending, emit)
             if node.op == "linear":
                 pending.append(self._product(node))
             elif node.op == "embed":
-                emit("embed", node.weights[0], self._take(node))
+                emit("embed", node.weights[0], node.arguments["scale"], self._take(node))
+            elif node.op == "norm":
+                self._norm(node, emit)
             elif node.op == "select_rows":
                 self._alias(node, node.inputs[0])
-                emit("select", [self._buffer(node)])
+                emit("select", [self._buffer_of[node]])
             elif node.op == "attention":
                 self._attention(node, emit)
+            elif node.op == "experts":
+                self._experts(node, emit)
+            elif node.op == "softcap":
+                assert self._capped
+                emit("softcap", node.arguments["cap"])
             else:
-                assert node.op in ("norm", "norm_heads", "rope", "add", "gated"), node.op
+                raise AssertionError(f"{node.op} cannot be fused")
         self._flush(pending, emit)
 
+    def _is_fused(self, node: Node) -> bool:
+        """Whether it is computed by what comes before it or by what reads it."""
+        if node.op == "norm":
+            return all(user.op == "linear" for user in self._users[node])
+        if node.op == "add":
+            return node.inputs[1].op in ("linear", "norm", "experts") and self._is_added(node.inputs[1])
+        if node.op == "gated":
+            return all(x.op == "linear" for x in node.inputs)
+        return node.op in ("norm_heads", "rope")
+
+    def _is_added(self, node: Node) -> bool:
+        """Whether its only use is to be added to something."""
+        users = self._users[node]
+        return len(users) == 1 and users[0].op == "add" and users[0].inputs[1] is node
+
     def _product(self, node: Node) -> _Product:
-        if node is self._output:
-            return _Product(node=node, result=node, kind="store", activation="silu")
-        (user,) = self._users[node]
-        if user.op == "add" and user.inputs[1] is node:
-            return _Product(node=node, result=user, kind="add", activation="silu")
-        if user.op == "gated":
-            kind = "store" if user.inputs[0] is node else "gate"
-            return _Product(node=node, result=user, kind=kind, activation=user.arguments["activation"])
-        assert user.op in ("norm_heads", "rope", "attention"), f"a linear read by {user.op} cannot be fused"
-        return _Product(node=node, result=node, kind="store", activation="silu")
+        kind, result, activation = "store", node, "silu"
+        if node is not self._logits and self._is_added(node):
+            (result,) = self._users[node]
+            kind = "add"
+        elif node is not self._logits and self._users[node][0].op == "gated":
+            (result,) = self._users[node]
+            kind, activation = "store" if result.inputs[0] is node else "gate", result.arguments["activation"]
+        return _Product(node=node, result=result, kind=kind, activation=activation)
 
     def _flush(self, pending: list[_Product], emit: Callable[..., None]) -> None:
         if not pending:
             return
         (x,) = pending[0].node.inputs
-        norm = x if x.op == "norm" else None
-        source = norm.inputs[0] if norm is not None else x
+        fused = x.op == "norm" and x not in self._buffer_of
+        source = x.inputs[0] if fused else x
         products = []
         for product in pending:
-            if product.kind == "add":
-                self._alias(product.result, product.result.inputs[0])
-            if product.node is self._output:
+            if product.node is self._logits:
                 target = -1
-            elif product.result in self._buffer_of:
-                target = self._buffer(product.result)
+            elif product.kind == "add":
+                target = self._alias(product.result, product.result.inputs[0])
+            elif product.kind == "gate":
+                target = self._buffer_of[product.result]
             else:
                 target = self._take(product.result)
             products.append((product.node.weights, target, product.kind, product.activation))
-        emit("linear", self._buffer(source), norm, products)
-        if norm is None:
-            self._give_back(source)
+        emit("linear", self._buffer_of[source], x if fused else None, products)
+        for _ in pending:
+            self._read(x)
         pending.clear()
+
+    def _norm(self, node: Node, emit: Callable[..., None]) -> None:
+        (x,) = node.inputs
+        added = self._is_added(node)
+        if added:
+            (result,) = self._users[node]
+            target = self._alias(result, result.inputs[0])
+        else:
+            target = self._take(node)
+        emit("norm", self._buffer_of[x], node, target, added)
+        self._read(x)
 
     def _attention(self, node: Node, emit: Callable[..., None]) -> None:
         q, k, v = node.inputs
@@ -297,16 +334,22 @@ class _Lowering:
         sources = (q, k, v)
         output = self._take(node)
         emit(
-            "attention", *map(self._buffer, sources), output, table, q_norm, k_norm,
+            "attention", *(self._buffer_of[source] for source in sources), output, table, q_norm, k_norm,
             node.arguments["layer"], node.arguments["attention"],
         )  # fmt: skip
-        for source in sources:
-            self._give_back(source)
+        for x in node.inputs:
+            self._read(x)
 
-    def _buffer(self, node: Node) -> int:
-        return self._buffer_of[node]
+    def _experts(self, node: Node, emit: Callable[..., None]) -> None:
+        assert self._is_added(node)
+        (result,) = self._users[node]
+        target = self._alias(result, result.inputs[0])
+        emit("experts", *(self._buffer_of[x] for x in node.inputs), target, node)
+        for x in node.inputs:
+            self._read(x)
 
     def _take(self, node: Node) -> int:
+        """A buffer for its value."""
         free = self._free.setdefault(node.width, [])
         if not free:
             free.append(len(self.widths))
@@ -314,12 +357,23 @@ class _Lowering:
         buffer = self._buffer_of[node] = free.pop()
         return buffer
 
-    def _alias(self, node: Node, of: Node) -> None:
-        """`node` lies where `of` lay; nothing reads `of` any more."""
-        self._buffer_of[node] = self._buffer(of)
+    def _alias(self, node: Node, of: Node) -> int:
+        """`node`, which reads `of`, lies where that lay."""
+        self._unread[of] -= 1
+        assert self._unread[of] == 0, f"{of.op} is read after {node.op} has replaced it"
+        buffer = self._buffer_of[node] = self._buffer_of[of]
+        return buffer
 
-    def _give_back(self, node: Node) -> None:
-        self._free[node.width].append(self._buffer(node))
+    def _read(self, node: Node) -> None:
+        """One of its users has read it. After the last, its buffer is free; what was fused has read its own inputs."""
+        self._unread[node] -= 1
+        if self._unread[node] > 0:
+            return
+        if node in self._buffer_of:
+            self._free[node.width].append(self._buffer_of[node])
+        else:
+            for x in node.inputs:
+                self._read(x)
 
 
 def _transformed(x: Node) -> tuple[Node, Node | None, RopeTable | None]:
@@ -390,13 +444,16 @@ def build(
 
     for name, *operands in operations:
         if name == "embed":
-            weight, buffer = operands
-            program.add_embed(panels[weight], buffer)
+            weight, *rest = operands
+            program.add_embed(panels[weight], *rest)
+        elif name == "norm":
+            source, norm, buffer, added = operands
+            program.add_norm(source, _norm_weight(norm), norm.arguments["eps"], buffer, added)
         elif name == "linear":
             source, norm, products = operands
             program.add_linear(
                 source,
-                None if norm is None else _vector(norm.weights[0]),
+                None if norm is None else _norm_weight(norm),
                 0.0 if norm is None else norm.arguments["eps"],
                 [
                     (panels[weights[0]], _vector(weights[1]) if len(weights) > 1 else None, *rest)
@@ -419,15 +476,50 @@ def build(
                 q_norm=_head_norm(q_norm),
                 k_norm=_head_norm(k_norm),
             )
+        elif name == "experts":
+            source, logits, buffer, node = operands
+            _add_experts(program, source, logits, buffer, node, panels)
+        elif name == "softcap":
+            program.add_softcap(*operands)
         else:
             program.add_select(*operands)
     return program
 
 
+def _add_experts(
+    program: Any, source: int, logits: int, buffer: int, node: Node, panels: Mapping[Tensor, Any]
+) -> None:
+    routing, bias = node.arguments["routing"], node.arguments["selection_bias"]
+    matrices, n = [panels[tensor] for tensor in node.weights], routing.n_experts
+    program.add_experts(
+        source,
+        logits,
+        buffer,
+        gate=matrices[:n],
+        up=matrices[n : 2 * n],
+        down=matrices[2 * n :],
+        activation=node.arguments["activation"],
+        n_per_token=routing.n_experts_per_token,
+        sigmoid=routing.score == "sigmoid",
+        n_groups=routing.n_groups,
+        n_groups_per_token=routing.n_groups_per_token,
+        top2=routing.group_score == "top2",
+        normalized=routing.normalized,
+        scale=routing.scale,
+        weighs_input=routing.weighs == "input",
+        selection_bias=None if bias is None else _vector(bias),
+    )
+
+
+def _norm_weight(node: Node) -> NDArray[np.float32]:
+    """What it multiplies by."""
+    return _vector(node.weights[0]) + np.float32(node.arguments["offset"])
+
+
 def _panels(nodes: Sequence[Node], threads: int, cache: PanelCache | None) -> dict[Tensor, Any]:
     """Every matrix once, side by side in one piece of memory or in the cache's file."""
     native = module()
-    matrices = list(dict.fromkeys(node.weights[0] for node in nodes if node.op in ("embed", "linear")))
+    matrices = list(dict.fromkeys(matrix for node in nodes for matrix in _matrices(node)))
     shapes = [(tensor.format.name, tensor.rows, tensor.cols) for tensor in matrices]
     sizes = [native.panels_bytes(*shape) for shape in shapes]
     starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
@@ -441,6 +533,13 @@ def _panels(nodes: Sequence[Node], threads: int, cache: PanelCache | None) -> di
         if cache is not None:
             cache.keep(matrices, memory)
     return {tensor: native.Panels(*shape, place) for tensor, shape, place in zip(matrices, shapes, places, strict=True)}
+
+
+def _matrices(node: Node) -> tuple[Tensor, ...]:
+    """Those of its weights that are packed."""
+    if node.op == "experts":
+        return node.weights
+    return node.weights[:1] if node.op in ("embed", "linear") else ()
 
 
 def _pack(matrices: Sequence[Tensor], places: Sequence[NDArray[np.uint8]], threads: int) -> None:
