@@ -2,7 +2,8 @@
 //
 // Few tokens: every worker routes them and rounds what it needs for itself, takes an equal share of the bytes of the
 // experts' first matrices, and, after one barrier, the same columns of all their second matrices, whose sum it can then
-// make alone. Many tokens: the rows of each expert are gathered and rounded side by side, for the kernels of many tokens.
+// make alone. Many tokens: the rows of each expert are gathered and rounded side by side, for the kernels of many
+// tokens.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -21,12 +22,13 @@ void Program::add_experts(int input, int logits, int output, ExpertMatrices matr
   for (const int buffer : {input, logits, output}) check_buffer(buffer, "experts");
   check_routing(routing);
   const auto n = static_cast<std::size_t>(routing.n_experts);
-  if (matrices.gate.size() != n || matrices.up.size() != n || matrices.down.size() != n || width(logits) != routing.n_experts ||
-      !(selection_bias.empty() || selection_bias.size() == n)) {
+  if (matrices.gate.size() != n || matrices.up.size() != n || matrices.down.size() != n ||
+      width(logits) != routing.n_experts || !(selection_bias.empty() || selection_bias.size() == n)) {
     refuse("experts: there are not " + std::to_string(n) + " of everything");
   }
   if (input == output || width(input) != width(output)) refuse("experts: a buffer does not fit");
-  Experts op{input, logits, output, width(input), matrices.gate[0]->view().rows, std::move(matrices), activation, routing,
+  const std::int64_t hidden = matrices.gate[0]->view().rows;
+  Experts op{input,      logits,  output,  width(input), hidden, std::move(matrices), activation, routing,
              std::move(selection_bias), false, false};
   const auto fits = [](const std::vector<std::shared_ptr<const Panels>>& all, std::int64_t rows, std::int64_t cols) {
     return std::all_of(all.begin(), all.end(), [&](const auto& one) {
@@ -47,7 +49,8 @@ void Program::add_experts(int input, int logits, int output, ExpertMatrices matr
 void Program::prepare(const Experts& op, int n_tokens) {
   const auto rows = static_cast<std::size_t>(n_tokens) * op.routing.n_per_token;
   const auto rounded_floats = [&](int n) {
-    return Dispatch::rounded_bytes(n, op.routing, std::max(op.dim, op.hidden), kernels_.matmul.many_tile) / sizeof(float);
+    const std::int64_t cols = std::max(op.dim, op.hidden);
+    return Dispatch::rounded_bytes(n, op.routing, cols, kernels_.matmul.many_tile) / sizeof(float);
   };
   hidden_.reserve(rows * op.hidden);
   given_.reserve(rows * op.dim);
@@ -124,15 +127,15 @@ void Program::multiply_down(const Experts& op, const Dispatch::Group& group, std
   const Quantized quantized = rounded_rows(group, op.hidden, group.hidden_at, rounded);
   const float* const x = hidden_.data() + static_cast<std::size_t>(group.first) * op.hidden;
   float* const y = given_.data() + static_cast<std::size_t>(group.first) * op.dim;
-  multiply(op.matrices.down[group.expert]->view(), quantized, x, group.n, from, to, y, static_cast<std::size_t>(op.dim), {},
-           mine);
+  const auto ldy = static_cast<std::size_t>(op.dim);
+  multiply(op.matrices.down[group.expert]->view(), quantized, x, group.n, from, to, y, ldy, {}, mine);
 }
 
 // Adds up what a token's experts gave, in some columns.
 void Program::add_given(const Experts& op, Dispatch& dispatch, int token, std::int64_t from, std::int64_t to) {
-  kernels_.rows.add_weighted(given_.data() + from, static_cast<std::size_t>(op.dim), dispatch.rows(token),
-                             op.routing.weighs_input ? nullptr : dispatch.weights(token), op.routing.n_per_token, to - from,
-                             row(op.output, token) + from);
+  const float* const weights = op.routing.weighs_input ? nullptr : dispatch.weights(token);
+  kernels_.rows.add_weighted(given_.data() + from, static_cast<std::size_t>(op.dim), dispatch.rows(token), weights,
+                             op.routing.n_per_token, to - from, row(op.output, token) + from);
 }
 
 void Program::run(const Experts& op, std::size_t index, unsigned worker) {
@@ -210,12 +213,12 @@ void Program::run_many(const Experts& op, std::size_t index, unsigned worker) {
   const Rows rows = share(dispatch_.n_rows());
   take_rows(op, dispatch_, rows, gathered, rounded);
   pool_->barrier();
-  in_pieces(0, op.matrices.gate[0]->view().n_panels, [&](const Dispatch::Group& group, std::int64_t from, std::int64_t to) {
+  in_pieces(0, op.matrices.gate[0]->view().n_panels, [&](const auto& group, std::int64_t from, std::int64_t to) {
     multiply_up(op, group, from, to, gathered, rounded, mine);
   });
   round_hidden(op, dispatch_, rows, rounded);
   pool_->barrier();
-  in_pieces(1, op.matrices.down[0]->view().n_panels, [&](const Dispatch::Group& group, std::int64_t from, std::int64_t to) {
+  in_pieces(1, op.matrices.down[0]->view().n_panels, [&](const auto& group, std::int64_t from, std::int64_t to) {
     multiply_down(op, group, from, to, rounded, mine);
   });
   for (int token = tokens.from; token < tokens.to; ++token) add_given(op, dispatch_, token, 0, op.dim);
@@ -223,8 +226,8 @@ void Program::run_many(const Experts& op, std::size_t index, unsigned worker) {
 
 std::string Program::line(const Experts& op) const {
   const auto of = [](const std::vector<std::shared_ptr<const Panels>>& all) { return " " + name(all[0]->view()); };
-  return "experts, " + std::to_string(op.routing.n_per_token) + " of " + std::to_string(op.routing.n_experts) + " for a token:" +
-         of(op.matrices.gate) + of(op.matrices.up) + " (gated)" + of(op.matrices.down) + " (added)";
+  return "experts, " + std::to_string(op.routing.n_per_token) + " of " + std::to_string(op.routing.n_experts) +
+         " for a token:" + of(op.matrices.gate) + of(op.matrices.up) + " (gated)" + of(op.matrices.down) + " (added)";
 }
 
 }  // namespace dapji

@@ -82,7 +82,7 @@ void Program::add_softcap(float cap) {
 void Program::run(const Softcap& op, std::size_t, unsigned worker) {
   // All logits lie side by side, and each is capped for itself.
   const std::size_t n = static_cast<std::size_t>(n_rows_) * vocab_, share = (n / pool_->size() + 15) / 16 * 16;
-  const std::size_t from = std::min(n, share * worker), to = worker + 1 == pool_->size() ? n : std::min(n, from + share);
+  const std::size_t from = std::min(n, share * worker), to = std::min(n, from + share);
   kernels_.rows.softcap(op.cap, static_cast<std::int64_t>(to - from), logits_ + from);
 }
 

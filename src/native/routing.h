@@ -31,16 +31,16 @@ struct RoutingScratch {
   void reserve(const Routing& routing);  // throws std::bad_alloc
 };
 
-// scratch.scores [E] -> the chosen experts [k], best first, and their weights [k]. bias [E] is added to the scores for the
-// choice alone; or none. Of equal experts, and groups, the first is chosen; NaN counts as the least.
+// scratch.scores [E] -> the chosen experts [k], best first, and their weights [k]. bias [E] is added to the scores for
+// the choice alone; or none. Of equal experts, and groups, the first is chosen; NaN counts as the least.
 void choose(const Routing& routing, const float* bias, RoutingScratch& scratch, std::int32_t* experts, float* weights);
 
 // The rows of a step: those of an expert side by side, in the order of tokens.
 class Dispatch {
  public:
   struct Group {
-    int expert, first, n;               // its rows
-    std::size_t taken_at, hidden_at;    // bytes, of its rounded inputs of either kind in memory that all groups share
+    int expert, first, n;             // its rows
+    std::size_t taken_at, hidden_at;  // bytes, of its rounded inputs of either kind in memory that all groups share
   };
 
   // For so many tokens, by each of several routings; throws std::bad_alloc.

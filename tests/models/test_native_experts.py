@@ -1,5 +1,5 @@
-"""The native executor's routed experts, and norms, scales and caps outside attention: against the reference, and bits that
-depend on nothing but the text."""
+"""The native executor's routed experts, and norms, scales and caps outside attention: against the reference, and bits
+that depend on nothing but the text."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def experts(routing: Routing, hidden: int = 256, **more: object) -> ExpertsConfi
 def model(
     *feed_forwards: FeedForwardConfig | ExpertsConfig, format: str = "F32", rest: str | None = None, **changes: object
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A layer for each. format: of what feeds forward, but for routers, which are float32; rest: of the other matrices."""
+    """A layer for each. format: of what feeds forward, but for routers, which are float32; rest: of other matrices."""
     norms = changes.pop("norms", "before")
     layers = tuple(LayerConfig(attention=ATTENTION, feed_forward=f, norms=norms) for f in feed_forwards)  # type: ignore[arg-type]
     config = ModelConfig(
@@ -90,9 +90,7 @@ def opened(
     config: ModelConfig, tensors: dict[str, Tensor], *, threads: int = 2, n_blocks: int = 64,
     cache: native.PanelCache | None = None,
 ) -> NativeExecutor:  # fmt: skip
-    return NativeExecutor(
-        config, tensors, context=1024, n_blocks=n_blocks, threads=threads, kv="f32", cache=cache
-    )
+    return NativeExecutor(config, tensors, context=1024, n_blocks=n_blocks, threads=threads, kv="f32", cache=cache)
 
 
 def agrees(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
@@ -115,8 +113,9 @@ def test_every_routing_is_the_references(name: str, hidden: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_is_the_reference_of_the_same_arithmetic(format: str) -> None:
-    """All but the experts is float32, so that no token goes elsewhere for the rounding before it. A float32 sum in another
-    order may put an activation on the other side of an int8 step: so the bound is relative to what that rounding does."""
+    """All but the experts is float32, so that no token goes elsewhere for the rounding before it. A float32 sum in
+    another order may put an activation on the other side of an int8 step: so the bound is relative to what rounding
+    does."""
     for routing in (ROUTINGS["softmax, normalized"], ROUTINGS["two, weighing their input"]):
         config, tensors = model(experts(routing), format=format, rest="F32")
         ids = Batch.single(text(60))
@@ -189,10 +188,10 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("DAPJI_ISA", isa)
         for name in ("softmax", "groups by their two best", "one, weighing its input"):
             for format in ("Q4_K", "F16"):
-                executor = opened(*model(experts(ROUTINGS[name]), format=format, norms="before", logit_softcap=5.0))
-                results.setdefault(f"{name} {format}", []).append(
-                    np.concatenate([executor.step(Batch.single(text(50))), executor.step(Batch.single(text(2), past=50))])
-                )
+                executor = opened(*model(experts(ROUTINGS[name]), format=format, logit_softcap=5.0))
+                steps = [Batch.single(text(50)), Batch.single(text(2), past=50)]
+                logits = np.concatenate([executor.step(step) for step in steps])
+                results.setdefault(f"{name} {format}", []).append(logits)
     for first, *others in results.values():
         for other in others:
             np.testing.assert_array_equal(other, first)
@@ -277,9 +276,7 @@ def test_layers_may_route_differently() -> None:
 @pytest.mark.parametrize("norms", ["before", "after", "both"])
 def test_norms_scales_and_caps_are_the_references(norms: str) -> None:
     feed_forward = FeedForwardConfig(hidden_dim=160, activation="gelu_tanh")
-    config, tensors = model(
-        *[feed_forward] * 2, norms=norms, norm_offset=1.0, embed_scale=7.5, logit_softcap=1.5
-    )
+    config, tensors = model(*[feed_forward] * 2, norms=norms, norm_offset=1.0, embed_scale=7.5, logit_softcap=1.5)
     agrees(config, tensors)
     for one in (
         replace(config, norm_offset=0.0), replace(config, embed_scale=1.0), replace(config, logit_softcap=None),

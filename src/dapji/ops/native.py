@@ -224,8 +224,8 @@ class _Lowering:
 
     norm: into every linear that reads it; computed once, where others read it too. add(x, y) of a linear, a norm or
     experts: y is added to x where that lies. gated(linear, linear): the second product multiplies the activation of the
-    first where that lies. norm_heads and rope: into attention, which norms and rotates as it reads. Linears that read one
-    value next to each other become one operation.
+    first where that lies. norm_heads and rope: into attention, which norms and rotates as it reads. Linears that read
+    one value next to each other become one operation.
     """
 
     def __init__(self, nodes: Sequence[Node], output: Node) -> None:
@@ -486,9 +486,7 @@ def build(
     return program
 
 
-def _add_experts(
-    program: Any, source: int, logits: int, buffer: int, node: Node, panels: Mapping[Tensor, Any]
-) -> None:
+def _add_experts(program: Any, source: int, logits: int, buffer: int, node: Node, panels: Mapping[Tensor, Any]) -> None:
     routing, bias = node.arguments["routing"], node.arguments["selection_bias"]
     matrices, n = [panels[tensor] for tensor in node.weights], routing.n_experts
     program.add_experts(
