@@ -48,8 +48,6 @@ def _longrope(dim: int, **values: Any) -> dict[str, Any]:
     }
 
 
-PENDING_NATIVE = ["exaone4", "exaone4-hybrid", "gemma2", "gemma2-scale", "gemma3", "gemma3-linear"]
-
 TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     "exaone4": (
         _EXAONE4,
