@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_dense
 import tiny_experts
+import tiny_latent
 from llama_cpp import LlamaCpp
 from tiny_models import TEXT, TINY, VOCAB, oracle_logits, text, translated
 
@@ -33,6 +34,7 @@ LACKING = {
     "llama-yarn-attention-factor": "yarn's beta_fast and beta_slow in the architecture llama",
     **tiny_experts.LACKING,
     **tiny_dense.LACKING,
+    **tiny_latent.LACKING,
 }
 """What the file says and llama.cpp does not read."""
 UNSAYABLE = {
@@ -42,6 +44,7 @@ UNSAYABLE = {
     "qwen2-window": "no form for windows in some layers only",
     **tiny_experts.UNSAYABLE,
     **tiny_dense.UNSAYABLE,
+    **tiny_latent.UNSAYABLE,
 }
 """What GGUF has no form for, and we refuse to write."""
 PREFIXES = range(3, TEXT, 12)

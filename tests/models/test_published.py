@@ -1,7 +1,8 @@
 """The configurations of published models are read without complaint, and count as many parameters as they have.
 
 The files in `published` state the facts of each model's config.json; the counts are those that the hub shows for its
-safetensors, exact to the last parameter.
+safetensors, exact to the last parameter. Where those are in 8-bit floats, whose scales the hub counts too, they are
+those of transformers' model, and PREDICTED says how many the predictor adds.
 """
 
 from __future__ import annotations
@@ -72,7 +73,18 @@ PARAMETERS = {
     "llama-4-scout-17b-16e-instruct": 107_769_861_120,
     "llama-4-scout-text": 107_769_861_120,
     "llama-4-maverick-17b-128e-instruct": 400_711_848_960,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2.5": 235_741_434_880,
+    "deepseek-coder-v2-lite-instruct": 15_706_484_224,
+    "deepseek-v3": 671_026_419_200,
+    "deepseek-r1": 671_026_419_200,
+    "deepseek-v3.1": 671_026_419_200,
+    "kimi-k2-instruct": 1_026_408_232_448,
+    "moonlight-16b-a3b": 15_960_110_208,
 }
+PREDICTED = dict.fromkeys(("deepseek-v3", "deepseek-r1", "deepseek-v3.1"), 13_463_426_304)
+"""11.5 G of its own, and copies of embedding and head (DeepSeek-V3, README_WEIGHTS)."""
 CONTEXTS = {
     "llama-2-7b": 4096,
     "llama-3.1-8b": 131_072,
@@ -86,6 +98,10 @@ CONTEXTS = {
     "qwen3-32b-yarn": 131_072,
     "llama-4-scout-17b-16e-instruct": 10_485_760,
     "mistral-nemo-instruct-2407": 1_024_000,
+    "deepseek-v2-lite": 163_840,
+    "deepseek-v3": 163_840,
+    "kimi-k2-instruct": 131_072,
+    "moonlight-16b-a3b": 8192,
 }
 
 
@@ -100,7 +116,8 @@ def test_every_file_has_its_count() -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_as_many_as_published(name: str) -> None:
-    assert sum(map(math.prod, weight_shapes(config_from_hf(published(name))).values())) == PARAMETERS[name]
+    total = sum(map(math.prod, weight_shapes(config_from_hf(published(name))).values()))
+    assert total == PARAMETERS[name] + PREDICTED.get(name, 0)
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
@@ -117,10 +134,15 @@ def test_what_we_write_of_it_means_the_same(name: str) -> None:
 
 def test_windows() -> None:
     windows = {
-        name: {layer.attention.window for layer in config_from_hf(published(name)).layers} for name in PARAMETERS
+        name: {
+            layer.attention.window
+            for layer in config_from_hf(published(name)).layers
+            if isinstance(layer.attention, AttentionConfig)
+        }
+        for name in PARAMETERS
     }
     assert windows.pop("mistral-7b-v0.1") == {4096}
-    assert all(window == {None} for window in windows.values())
+    assert all(window <= {None} for window in windows.values())
 
 
 @pytest.mark.parametrize(

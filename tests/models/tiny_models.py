@@ -20,6 +20,7 @@ import tiny_latent
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from dapji.models import families
 from dapji.models.config import ModelConfig
@@ -109,7 +110,7 @@ TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     **tiny_dense.TINY,
 }
 
-PENDING: dict[str, set[str]] = {"native": set(), "torch": set()}
+PENDING: dict[str, set[str]] = {"native": {*tiny_latent.TINY}, "torch": set()}
 """Models that an executor cannot run yet."""
 CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PENDING.get(kind.partition("-")[0], ())]
 """Every model on every executor."""
@@ -132,7 +133,18 @@ def oracle(name: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(norm if "norm" in parameter_name else 0.0, 0.15)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.15)
     return model
+
+
+@cache
+def saved(name: str) -> dict[str, NDArray[np.float32]]:
+    """The tensors of the folder that transformers writes."""
+    with TemporaryDirectory() as folder:
+        oracle(name).save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 @cache

@@ -50,7 +50,7 @@ class Format:
     block: int
     block_bytes: int
     unpack: Callable[[Bytes], Codes] | None = None
-    """[n, block_bytes] uint8 -> codes, scales, minima, exact; None for the three float formats."""
+    """[n, block_bytes] uint8 -> codes, scales, minima, exact; None for the float formats."""
     group: int = 1
     """Values that share one scale (and minimum)."""
 
@@ -82,7 +82,25 @@ def _f16(data: Bytes) -> Floats:
         return data.view("<f2").astype(np.float32)
 
 
-_FLOATS: dict[str, Callable[[Bytes], Floats]] = {"F32": lambda data: data.view("<f4"), "F16": _f16, "BF16": _bf16}
+def _f8_e4m3_values() -> Floats:
+    """Of all bytes: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities (Micikevicius et al. 2022, "FP8
+    Formats for Deep Learning")."""
+    codes = np.arange(256)
+    exponents, mantissas = codes >> 3 & 15, codes & 7
+    sizes = np.where(exponents == 0, np.ldexp(mantissas, -9), np.ldexp(8 + mantissas, exponents - 10))
+    sizes[codes & 127 == 127] = np.nan
+    values: Floats = np.where(codes < 128, sizes, -sizes).astype(np.float32)
+    return values
+
+
+_F8_E4M3_VALUES = _f8_e4m3_values()
+
+_FLOATS: dict[str, Callable[[Bytes], Floats]] = {
+    "F32": lambda data: data.view("<f4"),
+    "F16": _f16,
+    "BF16": _bf16,
+    "F8_E4M3": lambda data: _F8_E4M3_VALUES[data],
+}
 
 
 def _half(blocks: Bytes, start: int) -> Floats:
@@ -228,3 +246,6 @@ FORMATS: dict[str, Format] = {
         Format(name="IQ4_XS", block=256, block_bytes=136, group=32, unpack=_iq4_xs),
     )
 }
+
+F8_E4M3 = Format(name="F8_E4M3", block=1, block_bytes=1)
+"""What checkpoints may hold beside FORMATS, always with scales in other tensors: nothing computes on it."""

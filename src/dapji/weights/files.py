@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dapji.errors import FormatError, ModelNotFound, UsageError
-from dapji.ops.formats import FORMATS, Bytes, Format
+from dapji.ops.formats import F8_E4M3, FORMATS, Bytes, Format
 from dapji.ops.tensor import Tensor
 
 MAX_TENSORS = 1 << 18
@@ -74,7 +74,7 @@ class StoredTensor:
 
     def tensor(self) -> Tensor:
         """The weight, not copied. Raises FormatError where its type is none of FORMATS."""
-        format = FORMATS.get(self.type)
+        format = F8_E4M3 if self.type == F8_E4M3.name else FORMATS.get(self.type)
         if format is None:
             raise FormatError(
                 f"{self.file}: tensor {self.name!r} has type {self.type}, which is not supported",

@@ -11,6 +11,7 @@ from typing import Literal
 
 from dapji.errors import ConfigError
 from dapji.models.config import ExpertsConfig, FeedForwardConfig, ModelConfig
+from dapji.models.families.family import shortest
 from dapji.models.families.fields import Fields
 from dapji.ops.routing import Routing
 
@@ -96,7 +97,7 @@ class GgufRouting:
             n_groups_per_token=fields.integer("expert_group_used_count", 1),
             group_score=self.group_score,
             normalized=fields.boolean("expert_weights_norm", self.normalized),
-            scale=fields.number("expert_weights_scale", 1.0) or 1.0,
+            scale=shortest(fields.number("expert_weights_scale", 1.0)) or 1.0,
             weighs=self.weighs,
         )
 

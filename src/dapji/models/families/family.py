@@ -91,6 +91,10 @@ class Family:
     gguf_architecture: str
     hf: Layout
     gguf: Layout
+    hf_layout: Callable[[Fields], Layout] | None = None
+    """Of a folder with this config.json, where folders are laid out in several ways; `hf` is what we write."""
+    gguf_layout: Callable[[GgufFacts], Layout] | None = None
+    """The same of a file with these tensors."""
     rope_tensors: tuple[str, ...] = ()
     """Those of ROPE_TENSORS that its GGUF files may have."""
     from_hf: Callable[[Fields], ModelConfig]

@@ -44,18 +44,18 @@ class Layout:
     layers: str
     """What stands before the number of a layer."""
     parts: Mapping[str, str]
-    """Of weights in layers: canonical -> foreign, without .weight and .bias."""
+    """Of weights in layers and in predictors: canonical -> foreign, without .weight and .bias."""
     plain: Mapping[str, str] = field(default_factory=dict)
     """Of weights in layers that are called neither .weight nor .bias, as written."""
     rules: Callable[[ModelConfig], list[Rule]] = lambda config: []
     """Where more than the name differs. They win over names."""
 
-    def name(self, name: str) -> str:
-        """Canonical -> foreign."""
+    def name(self, name: str, n_layers: int = 0) -> str:
+        """Canonical -> foreign. n_layers: of the model; files number its predictors on after them."""
         if name in self.whole:
             return self.whole[name]
-        _, index, part = name.split(".", 2)
-        return self.in_layer(int(index), part)
+        kind, index, part = name.split(".", 2)
+        return self.in_layer(int(index) + (n_layers if kind == "predictors" else 0), part)
 
     def in_layer(self, index: int, part: str) -> str:
         """The same of a part of a layer, such as attention.q_bias."""
@@ -66,10 +66,27 @@ class Layout:
 
     def all_rules(self, config: ModelConfig) -> list[Rule]:
         """Rules for every weight of the configuration, in the order of `weight_shapes`."""
-        shapes = weight_shapes(config)
-        rules = {ours: rule for rule in self.rules(config) for ours in rule.ours}
-        every = [rules.get(name) or renamed(self.name(name), name, shape) for name, shape in shapes.items()]
+        n_layers = config.n_layers
+        # rules are of layers; predictors are layers too, with higher numbers in the files and names of their own here
+        layered = replace(config, layers=(*config.layers, *config.predictors), predictors=())
+        rules: dict[str, Rule] = {}
+        for rule in self.rules(layered):
+            ours = tuple(_of_predictor(name, n_layers) for name in rule.ours)
+            rules |= dict.fromkeys(ours, replace(rule, ours=ours))
+        every = [
+            rules.get(name) or renamed(self.name(name, n_layers), name, shape)
+            for name, shape in weight_shapes(config).items()
+        ]
         return list({rule.foreign: rule for rule in every}.values())
+
+
+def _of_predictor(name: str, n_layers: int) -> str:
+    """The canonical name, where layers from n_layers on are predictors."""
+    if not name.startswith("layers."):
+        return name
+    _, index, part = name.split(".", 2)
+    beyond = int(index) - n_layers
+    return name if beyond < 0 else f"predictors.{beyond}.{part}"
 
 
 def take(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -198,16 +198,23 @@ def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
 
 
 def rope_from_gguf(
-    fields: Fields, *, head_dim: int, stated_context: int, tensors: Mapping[str, tuple[float, ...]]
+    fields: Fields,
+    *,
+    head_dim: int,
+    stated_context: int,
+    tensors: Mapping[str, tuple[float, ...]],
+    log_multiplier: float = 0.0,
 ) -> RopeConfig:
     """Reads `<architecture>.rope.*` and the values of ROPE_TENSORS. As for llama.cpp, a factor without a type means
     linear, and lists of long and short factors mean longrope.
 
     Two keys change yarn's attention factor: yarn_attn_factor, into which llama.cpp's converter puts config.json's
     attention_factor, is the factor; attn_factor, which llama.cpp itself reads, multiplies it.
+
+    log_multiplier: the one yarn_log_multiplier that is supported; a family that knows what to do with it has read it.
     """
     fields.require("rope.scaling.yarn_ext_factor", 1.0)
-    fields.require("rope.scaling.yarn_log_multiplier", 0.0)
+    fields.require("rope.scaling.yarn_log_multiplier", log_multiplier)
     theta = fields.number("rope.freq_base", 10_000.0)
     dim = fields.integer("rope.dimension_count", head_dim)
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))

@@ -6,16 +6,21 @@ Takes and returns plain mappings: the files are read and written in `weights`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from dapji.errors import ConfigError
-from dapji.models.config import AttentionConfig, ModelConfig
+from dapji.models.config import ModelConfig
+from dapji.models.families import fp8
+from dapji.models.families.deepseek_v2 import DEEPSEEK_V2
+from dapji.models.families.deepseek_v3 import DEEPSEEK_V3
 from dapji.models.families.exaone import EXAONE
 from dapji.models.families.exaone4 import EXAONE4
 from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
 from dapji.models.families.gemma import GEMMA2, GEMMA3
+from dapji.models.families.kimi_k2 import KIMI_K2
 from dapji.models.families.layout import GGUF, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.llama4 import LLAMA4
@@ -43,6 +48,9 @@ FAMILIES = (
     GEMMA3,
     PHI3,
     SMOLLM3,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    KIMI_K2,
 )
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
@@ -58,11 +66,12 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
     """
     family, fields, prefix = _read_config(config_json)
     config = family.from_hf(fields)
-    given = {
+    stored = {
         name.removeprefix(prefix): tensors[name]
         for name in tensors
         if not name.endswith(_HF_RECOMPUTED) and not (prefix and name.startswith(_left_out(family)))
     }
+    given = fp8.dequantized(config_json, stored)
     head_name, embed_name = family.hf.name("head"), family.hf.name("embed")
     if config.tied_head and (head := given.pop(head_name, None)) is not None:
         embed = given.get(embed_name)
@@ -71,18 +80,25 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
                 f"config.json says tie_word_embeddings, but {head_name} differs from {embed_name}",
                 hint="set tie_word_embeddings to false if the head is a matrix of its own",
             )
-    return config, take(family.hf.all_rules(config), given)
+    layout = family.hf if family.hf_layout is None else family.hf_layout(fields)
+    predictors = [
+        name for rule in layout.all_rules(config) if rule.ours[0].startswith("predictors.") for name in rule.foreign
+    ]
+    if not any(name in given for name in predictors):
+        # transformers writes how many there are, and leaves their weights out
+        config = replace(config, predictors=())
+    return config, take(layout.all_rules(config), given)
 
 
 def config_from_hf(config_json: Mapping[str, object]) -> ModelConfig:
-    """The configuration alone."""
+    """The configuration alone, whatever the weights are stored as."""
     family, fields, _ = _read_config(config_json)
     return family.from_hf(fields)
 
 
 def _read_config(config_json: Mapping[str, object]) -> tuple[Family, Fields, str]:
     """The family, the fields of its decoder, and what its tensors' names begin with beside their own."""
-    fields = Fields(config_json, where="config.json")
+    fields = Fields(_without_storage(config_json), where="config.json")
     types = {family.name: (family, False) for family in FAMILIES}
     types |= {family.wrapper.model_type: (family, True) for family in FAMILIES if family.wrapper is not None}
     family, wrapped = fields.choice("model_type", types)
@@ -94,6 +110,15 @@ def _read_config(config_json: Mapping[str, object]) -> tuple[Family, Fields, str
     fields.require("tie_word_embeddings", inner.boolean("tie_word_embeddings", False))
     fields.finish((*HF_IGNORABLE, *family.wrapper.ignorable))
     return family, inner, family.wrapper.prefix
+
+
+def _without_storage(config_json: Mapping[str, object]) -> dict[str, object]:
+    """What it says of the model, and not of how its weights are stored."""
+    return {
+        key: _without_storage(value) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in config_json.items()
+        if key != fp8.KEY
+    }
 
 
 def _left_out(family: Family) -> tuple[str, ...]:
@@ -131,7 +156,8 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
         rope_tensors={name: tuple(map(float, tensor.float32().ravel())) for name, tensor in ropes.items()},
     )
     config = family.from_gguf(fields, facts)
-    return config, take(family.gguf.all_rules(config), given)
+    layout = family.gguf if family.gguf_layout is None else family.gguf_layout(facts)
+    return config, take(layout.all_rules(config), given)
 
 
 def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -151,7 +177,7 @@ def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
 
 def _rope_tensors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
     """What the layers that have a rope need of them; to_gguf of the family has seen to it that they need the same."""
-    ropes = [layer.attention.rope for layer in config.layers if isinstance(layer.attention, AttentionConfig)]
+    ropes = [layer.attention.rope for layer in config.layers]
     return next((rope_tensors(rope) for rope in ropes if rope is not None), {})
 
 

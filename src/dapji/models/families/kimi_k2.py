@@ -1,0 +1,13 @@
+"""Kimi K2, and the text part of K2.5 and K2.6: DeepSeek V3's mechanisms under a name of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dapji.models.families.deepseek_v3 import DEEPSEEK_V3, deepseek_v3_from_hf
+
+KIMI_K2 = replace(
+    DEEPSEEK_V3,
+    name="kimi_k2",
+    from_hf=lambda fields: deepseek_v3_from_hf(fields, "kimi_k2"),
+)
