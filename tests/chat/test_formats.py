@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,8 @@ TOOLS = [
         },
     },
     {"name": "now"},
+    {"name": "odd", "parameters": {"properties": None}},
+    {"name": "more", "parameters": {"properties": {"x": {"type": [[], "no"], "anyOf": 3}}}},
 ]
 CITY = '{"city": "서울 👍🏽", "days": 2}'
 
@@ -139,6 +142,9 @@ EXAMPLES: list[tuple[AnswerFormat, str, Answer]] = [
     (JSON, '<tool_call>{"name": 1}</tool_call>', Answer("</tool_call>", malformed='<tool_call>{"name": 1}')),
     (JSON, '<tool_call>{"name": "x",}</tool_call>', Answer("</tool_call>", malformed='<tool_call>{"name": "x",}')),
     (JSON, "<tool_call>" + "[" * 9999, Answer("[" * (9999 - 66), malformed="<tool_call>" + "[" * 66)),
+    (JSON, "<tool_call>{'name': 'now'}</tool_call>", Answer("</tool_call>", malformed="<tool_call>{'name': 'now'}")),
+    (JSON, r'<tool_call>{"name": "\ud800"}', Answer(malformed=r'<tool_call>{"name": "\ud800"}')),
+    (JSON, '<tool_call>{"name": %s}' % ("9" * 5000), Answer(malformed='<tool_call>{"name": %s}' % ("9" * 5000))),
     (JSON, "a <tool_cal", Answer("a <tool_cal")),
     (JSON, "1 < 2 <  tool", Answer("1 < 2 <  tool")),
     (
@@ -184,6 +190,7 @@ EXAMPLES: list[tuple[AnswerFormat, str, Answer]] = [
     ),
     (PYTHON, '[f(a="\\d\\n")]', Answer(calls=[("f", r'{"a": "\\d\n"}')])),
     (PYTHON, "[f(a='x\n\"\\\ny')]", Answer(calls=[("f", r'{"a": "x\n\"y"}')])),
+    (PYTHON, r"[f(a='\ud800')]", Answer(calls=[("f", r'{"a": "\ud800"}')])),
     (PYTHON, "[1, 2] is a list", Answer("[1, 2] is a list")),
     (PYTHON, "[link](http://x)", Answer("[link](http://x)")),
     *[
@@ -252,6 +259,8 @@ EXAMPLES: list[tuple[AnswerFormat, str, Answer]] = [
         "<tool_call>\n<function=now>\n<parameter=a>b",
         Answer(malformed="<tool_call>\n<function=now>\n<parameter=a>b"),
     ),
+    (XML, "<function=odd><parameter=x>1</parameter></function>", Answer(calls=[("odd", '{"x": "1"}')])),
+    (XML, "<function=more><parameter=x>1</parameter></function>", Answer(calls=[("more", '{"x": "1"}')])),
     (XML, "<function=> x", Answer("> x", malformed="<function=")),
     (
         MINIMAX,
@@ -358,36 +367,50 @@ def test_reads_every_format_in_any_cut(format: AnswerFormat, text: str, expected
 
 
 FORMATS = [NONE, THINK, HARMONY, K3, *(AnswerFormat(reasoning=THINKING[0], calls=calls) for _, calls in CALLS if calls)]
-_WORDS = sorted(
-    {
-        marker
-        for format in FORMATS
-        for grammar in (format.reasoning, format.calls)
-        if grammar
-        for marker in grammar.markers
-    }
-)
-_PIECES = st.lists(
-    st.one_of(
-        st.sampled_from(_WORDS),
-        st.sampled_from(TEXTS),
-        st.sampled_from(['{"name": "now", "arguments": {}}', "[f(a='", '"""', "functions.f:0", "```json", "weather"]),
-        st.sampled_from("{}[]()\"'\\:,; \n답"),
-        st.text(max_size=3),
-    ),
-    max_size=12,
-).map("".join)
+_OTHERS = [
+    '{"name": "now", "arguments": {}}',
+    "{'a'",
+    "[f(a='",
+    '"""',
+    "functions.f:0",
+    "```json",
+    "call:",
+    "to=",
+    'x="y"',
+]
 
 
-@given(format=st.sampled_from(FORMATS), text=_PIECES, data=st.data())
-@settings(max_examples=1000, deadline=None)
-def test_any_text_in_any_cut_is_read_alike_and_loses_nothing(format: AnswerFormat, text: str, data: Any) -> None:
-    whole = read(format.parser(tools=TOOLS), text)
-    assert "".join(event.text for event in whole) == text
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert merged(read(format.parser(tools=TOOLS), *pieces)) == merged(whole)
-    assert merged(read(format.parser(tools=TOOLS), *text)) == merged(whole)
+def markers(format: AnswerFormat) -> list[str]:
+    return [marker for grammar in (format.reasoning, format.calls) if grammar for marker in grammar.markers]
+
+
+@given(format=st.sampled_from(FORMATS), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_text_in_any_cut_is_read_alike_and_loses_nothing(format: AnswerFormat, data: Any) -> None:
+    """Out of the format's own markers, whole answers, and what they are made of. Some markers are control tokens."""
+    own = st.sampled_from(markers(format) or [" "])
+    others = st.sampled_from([*TEXTS, *_OTHERS]) | st.sampled_from("{}[]()\"'\\:,;=</>x1 \n답") | st.text(max_size=3)
+    pieces = data.draw(st.lists(own | others, max_size=12))
+    control = data.draw(st.sets(own))
+
+    def events(cut: Callable[[str], list[str]]) -> list[Event]:
+        parser = format.parser(tools=TOOLS, control=control)
+        found = []
+        for piece in pieces:
+            if parser.wants(piece):
+                found += parser.feed(piece, control=True)
+            else:
+                found += [event for part in cut(piece) for event in parser.feed(part)]
+        return found + parser.finish()
+
+    def cut_anywhere(piece: str) -> list[str]:
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(piece)), max_size=3)))
+        return [piece[a:b] for a, b in zip([0, *cuts], [*cuts, len(piece)], strict=True)]
+
+    whole = events(lambda piece: [piece])
+    assert "".join(event.text for event in whole) == "".join(pieces)
+    assert merged(events(list)) == merged(whole)
+    assert merged(events(cut_anywhere)) == merged(whole)
 
 
 @given(
@@ -397,7 +420,7 @@ def test_any_text_in_any_cut_is_read_alike_and_loses_nothing(format: AnswerForma
         max_leaves=8,
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_arguments_are_what_the_model_wrote(values: Any) -> None:
     """Python's own `repr` and `json.dumps` as the writers."""
     (call,) = answer_of(read(PYTHON.parser(tools=TOOLS), f"[f(a={values!r})]")).calls

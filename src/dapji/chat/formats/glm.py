@@ -29,7 +29,6 @@ class GlmCalls(Calls):
     def call(self, reader: Reader, opener: str) -> Steps[None]:
         yield from reader.space()
         name = yield from reader.name()
-        properties = reader.schemas.get(name, {}).get("properties", {})
         arguments = []
         yield from reader.space()
         while (yield from reader.expect(_KEY, _CLOSER)) == _KEY:
@@ -38,6 +37,6 @@ class GlmCalls(Calls):
             yield from reader.expect(_VALUE)
             value, _ = yield from reader.until(_VALUE_END)
             key = key.strip()
-            arguments.append(f"{json.dumps(key, ensure_ascii=False)}: {text_argument(value, properties.get(key))}")
+            arguments.append(f"{json.dumps(key, ensure_ascii=False)}: {text_argument(value, reader.schema(name, key))}")
             yield from reader.space()
         reader.tool_call(name, "{" + ", ".join(arguments) + "}")

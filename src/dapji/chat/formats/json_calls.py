@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
-from dapji.chat.formats.values import json_call, json_members, unwrapped
+from dapji.chat.formats.values import check_name, json_call, json_members, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +56,4 @@ class JsonCalls(Calls):
         if len(members) != 1:
             raise Malformed
         ((name, arguments),) = members.items()
-        return name, unwrapped(arguments), None
+        return check_name(name), unwrapped(arguments), None

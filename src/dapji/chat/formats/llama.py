@@ -66,7 +66,7 @@ class LlamaCalls(Calls):
         else:
             while not reader.ended:
                 yield
-            text, reader.at = reader.text[begin:], len(reader.text)
+            text, reader.at = reader.marks.decode(reader.text[begin:]), len(reader.text)
         calls = python_calls(text)
         if not calls or not all(name.endswith(".call") for name, _ in calls):
             raise Malformed

@@ -19,7 +19,11 @@ MAX_DEPTH = 64
 """Of brackets in arguments."""
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[^\s()\[\]{}<>\"'`,;=\ud800-\udfff]*")
-_OUTSIDE = {"json": re.compile(r'[^"\[\]{}]+|["\[\]{}]'), "python": re.compile(r"[^\"'()\[\]{}]+|[\"'()\[\]{}]")}
+_NOTATIONS = {
+    "json": (re.compile(r'[^"\[\]{}]+|["\[\]{}]'), '"', "[{", "]}"),
+    "python": (re.compile(r"[^\"'()\[\]{}]+|[\"'()\[\]{}]"), "\"'", "([{", ")]}"),
+}
+"""What stands outside strings, quotation marks, brackets."""
 _INSIDE = {
     quote: re.compile(rf"[^{quote[0]}\\]+|\\.|{quote}|{quote[0]}", re.DOTALL) for quote in ('"', "'", '"""', "'''")
 }
@@ -92,11 +96,14 @@ class Reader:
             self.events.append(Markup(text=self._take()))
 
     def tool_call(self, name: str, arguments: str, id: str | None = None) -> None:
-        decode = self.marks.decode
-        call_id = None if id is None else decode(id)
-        self.events.append(ToolCall(text=self._take(), name=decode(name), arguments=decode(arguments), id=call_id))
+        self.events.append(ToolCall(text=self._take(), name=name, arguments=arguments, id=id))
 
-    # Steps.
+    def schema(self, tool: str, argument: str) -> Any:
+        """JSON schema of an argument; None where it is not known."""
+        properties = self.schemas.get(tool, {}).get("properties")
+        return properties.get(argument) if isinstance(properties, Mapping) else None
+
+    # Steps. The texts that they give have control tokens by their spelling.
 
     def more(self) -> Steps[None]:
         """Wait for more text; raises Malformed at the end of the answer, with all text behind the cursor."""
@@ -172,7 +179,7 @@ class Reader:
             searched = max(begin, len(self.text) - longest + 1)
             yield from self.more()
         self.at = match.end()
-        return self.text[begin : match.start()], names[match[0]]
+        return self.marks.decode(self.text[begin : match.start()]), names[match[0]]
 
     def pass_until(self, kind: str, *markers: str) -> Steps[str | None]:
         """Make `content` or `reasoning` of all text before the first of the markers, as it comes; go over that marker.
@@ -206,28 +213,28 @@ class Reader:
             yield from self.more()
         if self.text[self.at] not in "[{":
             raise Malformed
-        outside = _OUTSIDE[language]
+        outside, quotes, opening, closing = _NOTATIONS[language]
         begin, depth, quote = self.at, 0, ""
         while True:
             match = (_INSIDE[quote] if quote else outside).match(self.text, self.at)
             token = match[0] if match else ""
-            if not token or (token[0] in "\"'" and len(token) < 3 and language == "python" and self._may_grow(token)):
+            if not token or (language == "python" and token in quotes and self._may_grow(token)):
                 yield from self.more()
                 continue
             if quote:
                 quote = "" if token == quote else quote
-            elif token[0] in "\"'":
+            elif token in quotes:
                 triple = self.text[self.at : self.at + 3]
                 quote = token = triple if language == "python" and triple == token * 3 else token
-            elif token in "([{":
+            elif token in opening:
                 depth += 1
-            elif token in ")]}":
+            elif token in closing:
                 depth -= 1
             self.at += len(token)
             if depth > MAX_DEPTH:
                 raise Malformed
             if depth == 0 and not quote:
-                return self.text[begin : self.at]
+                return self.marks.decode(self.text[begin : self.at])
 
     def _may_grow(self, quote: str) -> bool:
         """Whether a quotation mark at the end of the text may become one of three."""

@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from json import JSONDecodeError
 from typing import Any
 
 from dapji.chat.formats.reader import Malformed
 
 _DECODER = json.JSONDecoder()
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half a character, which escapes can spell and no encoding can write."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NAME_KEYS = ("name", "tool_name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
@@ -39,12 +40,19 @@ def json_call(text: str, *, needs_arguments: bool = False) -> tuple[str, str, st
     names, arguments, ids = (
         [members[key] for key in keys if key in members] for keys in (_NAME_KEYS, _ARGUMENT_KEYS, _ID_KEYS)
     )
-    name = json.loads(names[0]) if names else None
-    if not isinstance(name, str) or not name or (needs_arguments and not arguments):
+    name = check_name(json.loads(names[0]) if names else None)
+    if needs_arguments and not arguments:
         raise Malformed
     found = unwrapped(arguments[0]) if arguments else "{}"
     id = json.loads(ids[0]) if ids else None
-    return name, found, id if isinstance(id, str) else None
+    return name, found, id if isinstance(id, str) and not _SURROGATE.search(id) else None
+
+
+def check_name(name: Any) -> str:
+    """The name. Raises Malformed where it can be no function's."""
+    if not isinstance(name, str) or not name or _SURROGATE.search(name):
+        raise Malformed
+    return name
 
 
 def unwrapped(text: str) -> str:
@@ -63,7 +71,7 @@ def json_members(text: str) -> dict[str, str]:
         if not isinstance(_DECODER.decode(text), dict):
             raise Malformed
         return dict(_members(text))
-    except (JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed from error
 
 
@@ -89,7 +97,7 @@ def check_json(text: str) -> str:
     """The text. Raises Malformed where it is no JSON."""
     try:
         _DECODER.decode(text)
-    except (JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed from error
     return text
 
@@ -130,7 +138,8 @@ def _call(node: ast.expr) -> tuple[str, str]:
         if keyword.arg is None:
             raise Malformed
         arguments[keyword.arg] = _literal(keyword.value)
-    return _dotted(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return _dotted(node.func), _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", written)
 
 
 def _dotted(node: ast.expr) -> str:
@@ -182,11 +191,12 @@ def _types(schema: Any) -> set[str]:
     if not isinstance(schema, Mapping):
         return set()
     named = schema.get("type")
-    found = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else set()
+    found = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
     for key in ("anyOf", "oneOf"):
-        for choice in schema.get(key) or ():
+        choices = schema.get(key)
+        for choice in choices if isinstance(choices, list) else ():
             found |= _types(choice)
-    return {name for name in found if name in _TYPES}
+    return found & _TYPES.keys()
 
 
 def _fits(value: Any, name: str) -> bool:

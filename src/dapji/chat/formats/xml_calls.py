@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
@@ -69,14 +68,13 @@ class XmlCalls(Calls):
             yield from reader.space()
             yield from reader.expect(end)
             return name, arguments
-        properties = reader.schemas.get(name, {}).get("properties", {})
         values = {}
         while (yield from reader.expect(self.parameter[0], end)) != end:
-            key, value = yield from self._parameter(reader, properties)
+            key, value = yield from self._parameter(reader, name)
             values[key] = value
         return name, "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {values[key]}" for key in values) + "}"
 
-    def _parameter(self, reader: Reader, properties: Mapping[str, Any]) -> Steps[tuple[str, str]]:
+    def _parameter(self, reader: Reader, function: str) -> Steps[tuple[str, str]]:
         """Its name and its value in JSON; the cursor stands at the next parameter or at the function's end."""
         before, after_name, end = self.parameter
         name = yield from reader.name()
@@ -88,11 +86,11 @@ class XmlCalls(Calls):
             yield from reader.space()
             if (yield from reader.sees(before, self.function[2])) is not None:
                 break  # else the end marker is a part of the value
-        value = reader.text[begin:stop].removeprefix("\n").removesuffix("\n")
+        value = reader.marks.decode(reader.text[begin:stop]).removeprefix("\n").removesuffix("\n")
         if self.cdata and value.startswith("<![CDATA[") and value.endswith("]]>"):
             value = value.removeprefix("<![CDATA[").removesuffix("]]>")
         if self.typed is None:
-            return name, text_argument(value, properties.get(name))
+            return name, text_argument(value, reader.schema(function, name))
         if after == self.typed[0]:
             return name, json.dumps(value, ensure_ascii=False)
         return name, check_json(value.strip())
