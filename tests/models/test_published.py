@@ -52,6 +52,22 @@ PARAMETERS = {
     "exaone-3.5-2.4b-instruct": 2_405_327_360,
     "exaone-3.5-7.8b-instruct": 7_818_448_896,
     "exaone-3.5-32b-instruct": 32_003_200_000,
+    "exaone-4.0-1.2b": 1_279_391_488,
+    "exaone-4.0-32b": 32_003_216_384,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b-it": 999_885_952,
+    # of their text: 416,866,032 and 1152 (dim + 1) less than the whole
+    "gemma-3-4b-it": 3_880_263_168,
+    "gemma-3-12b-it": 11_766_034_176,
+    "gemma-3-27b-it": 27_009_346_304,
+    "phi-3-mini-4k-instruct": 3_821_079_552,
+    "phi-3-medium-4k-instruct": 13_960_238_080,
+    "phi-3.5-mini-instruct": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini-instruct": 3_836_021_760,
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
@@ -91,6 +107,12 @@ CONTEXTS = {
     "vicuna-7b-v1.5-16k": 16_384,
     "exaone-3.0-7.8b-instruct": 4096,
     "exaone-3.5-7.8b-instruct": 32_768,
+    "exaone-4.0-32b": 131_072,
+    "gemma-2-9b": 8192,
+    "gemma-3-270m": 32_768,
+    "gemma-3-4b-it": 131_072,
+    "phi-3.5-mini-instruct": 131_072,
+    "phi-4": 16_384,
     "qwen2.5-0.5b-instruct": 32_768,
     "qwen2.5-7b-instruct-yarn": 131_072,
     "qwen2.5-7b-instruct-1m": 262_144,
@@ -142,6 +164,18 @@ def test_windows() -> None:
         for name in PARAMETERS
     }
     assert windows.pop("mistral-7b-v0.1") == {4096}
+    assert windows.pop("exaone-4.0-32b") == {4096, None}
+    for name, window in [
+        *[(f"gemma-2-{size}", 4096) for size in ("2b", "9b", "27b")],
+        *[(f"gemma-3-{size}", 512) for size in ("270m", "1b-it")],
+        *[(f"gemma-3-{size}-it", 1024) for size in ("4b", "12b", "27b")],
+    ]:
+        assert windows.pop(name) == {window, None}
+    for name, window in [
+        *[(f"phi-3-{size}-4k-instruct", 2047) for size in ("mini", "medium")],
+        *[(name, 262_144) for name in ("phi-3.5-mini-instruct", "phi-4-mini-instruct")],
+    ]:
+        assert windows.pop(name) == {window}
     assert all(window <= {None} for window in windows.values())
 
 

@@ -87,6 +87,8 @@ def _windowed_from_hf(fields: Fields, n_layers: int, period: int) -> tuple[int |
     windowed = windowed_from_hf(fields, all_but_every(period, n_layers))
     if window is None and any(windowed):
         raise ConfigError("config.json: layers of sliding_attention need a sliding_window")
+    if window is not None:  # the same again, in files of Gemma 2
+        fields.require("sliding_window_size", window)
     return window, windowed
 
 
@@ -123,7 +125,7 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 def _whole(value: float) -> float:
     """An integer where that is what it was before it became a scale."""
     nearest = round(value)
-    return nearest if nearest**-0.5 == value**-0.5 or math.isclose(nearest, value, rel_tol=1e-12) else value
+    return nearest if math.isclose(nearest, value, rel_tol=1e-12) else value
 
 
 def _sizes_from_gguf(fields: Fields, facts: GgufFacts, layers_of_27b: int) -> tuple[Sizes, AttentionConfig]:
