@@ -116,6 +116,7 @@ CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PEND
 """Every model on every executor."""
 _NAMES = (
     *("llama-3.1", "mistral", "qwen2-window", "qwen3", "qwen3-moe", "mixtral-window", "llama-4"),
+    *("deepseek-v2", "deepseek-v3", "kimi-k2"),
     *("exaone4-hybrid", "gemma2", "gemma3", "phi3-longrope"),
 )
 DISTINCT = [case for case in CASES if case[0] in _NAMES]
