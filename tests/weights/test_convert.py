@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dapji.errors import FormatError, TokenizerError, UsageError
@@ -349,3 +351,57 @@ def test_every_way_of_cutting_words_survives_the_way_to_a_folder_and_back(pre: s
     assert PRE_TOKENIZERS[back["tokenizer.ggml.pre"]].patterns == PRE_TOKENIZERS[expected].patterns
     same_tokenizers(Tokenizer.from_gguf(original), Tokenizer.from_gguf(back))
     assert back["tokenizer.ggml.tokens"][-1] == f"[PAD{len(trained['vocab']) + 2}]"
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as DeepSeek V3 is published, with 64 experts of 64 x 256 values, which are 12 MB as float32."""
+    folder = tmp_path_factory.mktemp("fp8")
+    config = transformers.DeepseekV3Config(
+        vocab_size=512, hidden_size=256, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=2,
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32,
+        qk_rope_head_dim=32, v_head_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        tensors[name] = values
+        if values.ndim == 2 and "_proj" in name:
+            scale = torch.full([-(-size // 128) for size in values.shape], 0.01)
+            tensors[name], tensors[f"{name}_scale_inv"] = (values / 0.01).to(torch.float8_e4m3fn), scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    written = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": quantization}))
+    byte_level(QWEN2).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16", "folder"])
+def test_8_bit_floats_are_made_one_after_another(in_8_bits: Path, kind: str, tmp_path: Path) -> None:
+    """64 experts of a layer are one tensor in GGUF, but are never in memory at once."""
+    source = open_checkpoint(in_8_bits)
+    seen: list[int] = []
+    tracemalloc.start()
+    if kind == "folder":
+        report = write_folder(source, tmp_path / "folder", "F32", threads=1, advance=seen.append)
+    else:
+        report = write_quantized(source, tmp_path / "model.gguf", kind, threads=1, advance=seen.append)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert report.values * 4 > 12e6
+    assert peak < 4e6
+    assert report.source_bytes == source.nbytes
+    assert sum(seen) == pytest.approx(source.nbytes, rel=0.01)
+    values = families.from_hf(source.metadata, source.tensors)[1]["layers.1.feed_forward.experts.up"].float32()
+    if kind == "folder":
+        read = open_checkpoint(tmp_path / "folder")
+        assert "quantization_config" not in read.metadata
+        written = families.from_hf(read.metadata, read.tensors)[1]["layers.1.feed_forward.experts.up"].float32()
+        np.testing.assert_array_equal(written, values)
+    else:
+        written = read_gguf(tmp_path / "model.gguf").tensors["blk.1.ffn_up_exps.weight"].float32()
+        assert np.abs(written - values).max() < np.abs(values).max() / 100

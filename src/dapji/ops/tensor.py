@@ -6,7 +6,7 @@ Knows nothing of models or of files; `formats` says what the bytes mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,6 +86,15 @@ class Tensor:
         shape = self.shape if len(index) == self.rows else (len(index), self.cols)
         order = index if self.order is None else self.order[index]
         return replace(self, name=name or self.name, shape=shape, order=order)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Tensors whose rows, one after another, are the weight's: where it is made of parts these, so that only one of
+        them needs to be in memory."""
+        if self.order is not None or not self.parts:
+            yield self
+        else:
+            for part in self.parts:
+                yield from part.pieces()
 
     def split(self) -> tuple[Tensor, ...]:
         """[n, rows, cols] as n matrices [rows, cols]."""

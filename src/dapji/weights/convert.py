@@ -64,15 +64,13 @@ class ConvertedTensor:
 class Report:
     """What a conversion did, tensor by tensor."""
 
+    source_bytes: int
+    """Of all tensors, as they were stored."""
     tensors: list[ConvertedTensor] = field(default_factory=list)
 
     @property
     def values(self) -> int:
         return sum(tensor.values for tensor in self.tensors)
-
-    @property
-    def source_bytes(self) -> int:
-        return sum(_nbytes(tensor.values, tensor.source) for tensor in self.tensors)
 
     @property
     def target_bytes(self) -> int:
@@ -115,7 +113,7 @@ def write_quantized(
     if not allow_requantize:
         _refuse_requantizing(tensors, formats)
     written = {**metadata, "general.file_type": SCHEMES[scheme].file_type, "general.quantization_version": 2}
-    report = Report()
+    report = Report(source_bytes=source.nbytes)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         write_gguf(target, written, _to_write(tensors, formats, pool, report, measure, advance))
     return report
@@ -157,7 +155,7 @@ def write_folder(
     translate = families.from_gguf if source.kind == "gguf" else families.from_hf
     config_json, tensors = families.to_hf(*translate(source.metadata, source.tensors))
     formats = dict.fromkeys(tensors, FORMATS[dtype])
-    report = Report()
+    report = Report(source_bytes=source.nbytes)
     with _new_folder(target) as folder, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         write_shards(folder, _to_write(tensors, formats, pool, report, measure, advance), max_bytes=max_shard_bytes)
         made: dict[str, object] = {}
@@ -230,13 +228,17 @@ def _to_write(
     measure: bool,
     advance: Advance,
 ) -> list[TensorToWrite]:
+    # what is stored in fewer bytes than it has here, as 8-bit floats are, counts by those
+    share = report.source_bytes / sum(tensor.nbytes for tensor in tensors.values())
+
     def chunks(name: str) -> Iterator[Bytes]:
         tensor, format = tensors[name], formats[name]
         squares = np.zeros(2)
-        for n_rows, data, chunk_squares in _convert(tensor, format, pool, measure):
-            squares += chunk_squares
-            yield data
-            advance(n_rows * tensor.format.row_bytes(tensor.cols))
+        for piece in tensor.pieces():
+            for n_rows, data, chunk_squares in _convert(piece, format, pool, measure):
+                squares += chunk_squares
+                yield data
+                advance(round(n_rows * tensor.format.row_bytes(tensor.cols) * share))
         error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
         report.tensors.append(
             ConvertedTensor(

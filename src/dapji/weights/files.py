@@ -135,7 +135,12 @@ class TensorToWrite:
 
     @staticmethod
     def of(name: str, tensor: Tensor) -> TensorToWrite:
-        return TensorToWrite(name=name, format=tensor.format, shape=tensor.shape, chunks=lambda: [tensor.data])
+        return TensorToWrite(
+            name=name,
+            format=tensor.format,
+            shape=tensor.shape,
+            chunks=lambda: (piece.data for piece in tensor.pieces()),
+        )
 
     def write(self, file: BinaryIO) -> None:
         """Append the bytes; checks that they are as many as the header promised."""
