@@ -31,7 +31,7 @@ def test_show_says_what_the_model_is(dapji: Dapji, tiny: Path) -> None:
 
 def test_show_as_json_of_an_installed_model(dapji: Dapji, tiny: Path, home: Path) -> None:
     dapji("pull", f"file:{tiny}")
-    shown = json.loads(dapji("show", "tiny", "--json", "--tensors", "--config").out)
+    shown = json.loads(dapji("show", "tiny", "--json", "--tensors", "--metadata").out)
     tensors = shown["tensors"]
     assert shown["parameters"] == sum(np.prod(tensor["shape"]) for tensor in tensors)
     assert shown["size"] == sum(tensor["bytes"] for tensor in tensors) == 4 * shown["parameters"]
@@ -39,8 +39,8 @@ def test_show_as_json_of_an_installed_model(dapji: Dapji, tiny: Path, home: Path
     assert shown["path"] == str(home / "models" / "tiny" / "tiny.gguf")
     assert shown["stop_tokens"] == {"<|endoftext|>": 0, "<|im_end|>": 2}
     assert shown["templates"] == {"default": CHATML}
-    assert shown["sizes"]["vocab_size"] == shown["config"]["llama.vocab_size"]
-    assert shown["config"]["tokenizer.ggml.tokens"][-1].endswith("in all")
+    assert shown["sizes"]["vocab_size"] == shown["metadata"]["llama.vocab_size"]
+    assert shown["metadata"]["tokenizer.ggml.tokens"][-1].endswith("in all")
 
 
 def test_show_parts(dapji: Dapji, tiny: Path) -> None:
@@ -48,7 +48,7 @@ def test_show_parts(dapji: Dapji, tiny: Path) -> None:
     listed = dapji("show", tiny, "--tensors").out.splitlines()
     assert listed[0].split()[0] == "F32"
     assert listed[0].split()[-1] == "token_embd.weight"
-    assert json.loads(dapji("show", tiny, "--config").out)["general.architecture"] == "llama"
+    assert json.loads(dapji("show", tiny, "--metadata").out)["general.architecture"] == "llama"
     assert dapji("show", tiny, "--template", "--json").code == 1
 
 
@@ -70,7 +70,7 @@ def test_show_of_a_folder(dapji: Dapji, tiny: Path, tmp_path: Path) -> None:
         "licence       apache-2.0",
     ):
         assert line in out.splitlines()
-    assert json.loads(dapji("show", folder, "--config").out) == config
+    assert json.loads(dapji("show", folder, "--metadata").out) == config
 
 
 def test_a_model_that_we_cannot_run_is_shown_too(dapji: Dapji, tmp_path: Path) -> None:
@@ -104,3 +104,35 @@ def test_what_is_no_model_is_refused(dapji: Dapji, tmp_path: Path, content: byte
     assert message in result.err
     assert dapji("show", "never-heard-of").code == 1
     assert "hint: dapji pull small" in dapji("show", "small").err
+
+
+def test_show_plans_a_model_by_its_config_json_alone(dapji: Dapji) -> None:
+    config = Path(__file__).parent.parent / "models" / "published" / "deepseek-v3.json"
+    out = dapji("show", "--config", config).out.splitlines()
+    latent = "latent attention 128 heads (latent 512, rope 64)"
+    for line in (
+        "family        deepseek_v3",
+        f"layers        3 layers: {latent}, feed-forward 18432",
+        f"              58 layers: {latent}, 256 experts of 2048, 8 per token + shared 2048",
+        "parameters    671,026,419,200 and 13,463,426,304 of predictors",
+        "per token     36,625,618,432 parameters",
+        "context       163840 tokens",
+        "cache f16     70,272 bytes per token, 11.5 GB at full length",
+    ):
+        assert line in out
+    planned = json.loads(dapji("show", "--config", config, "--json").out)
+    assert planned["cache"]["f16"] == {"per_token": 70_272, "whole_context": 70_272 * 163_840}
+    assert planned["weights"].keys() == {"BF16", "Q8_0", "Q4_K_M"}
+
+
+def test_a_plan_needs_a_config_json_and_nothing_else(dapji: Dapji, tiny: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((), "neither a MODEL nor --config"),
+        ((tiny, "--config", tiny), "--config plans a model without weights"),
+        (("--config", tiny, "--tensors"), "--config plans a model without weights"),
+        (("--config", tmp_path / "none.json"), "no such file"),
+        (("--config", tiny), "not the JSON that is expected here"),
+    ):
+        result = dapji("show", *arguments)
+        assert result.code == 1
+        assert message in result.err

@@ -1,34 +1,49 @@
-"""`dapji show`: what a model is."""
+"""`dapji show`: what a model is, or would be."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from dapji.weights.checkpoint import Checkpoint
+    from dapji.weights.plan import Plan
     from dapji.weights.store import Record
     from dapji.weights.summary import Summary
 
 MAX_SHOWN = 8
-"""Elements of an array that --config prints."""
+"""Elements of an array that --metadata prints."""
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plan the model that this config.json describes, without its weights.",
+)
 @click.option("--template", is_flag=True, help="Print the chat template alone.")
 @click.option("--tensors", is_flag=True, help="List the tensors: type, shape, bytes, name.")
-@click.option("--config", is_flag=True, help="Print config.json, or a GGUF file's keys, as JSON; long arrays cut.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --tensors and --config also these.")
-def command(model: str, template: bool, tensors: bool, config: bool, as_json: bool) -> None:
+@click.option("--metadata", is_flag=True, help="Print config.json, or a GGUF file's keys, as JSON; long arrays cut.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --tensors and --metadata also these.")
+def command(
+    model: str | None, config_file: Path | None, template: bool, tensors: bool, metadata: bool, as_json: bool
+) -> None:
     """Print what MODEL is: architecture, size, quantisation, context, tokenizer, template, licence.
 
     MODEL is an installed model (`dapji list`), a GGUF file, or a folder with config.json and
     safetensors. Only headers and small files are read, so this is quick whatever the model's size,
     and works for models that Dapji cannot run.
+
+    With --config instead of MODEL, print what a model would take before it is downloaded, however
+    large: its layers, its parameters and how many of them a token needs, the size of its weights in
+    several types and what a token reads of them, and the cache for keys and values.
 
     \b
     Examples:
@@ -36,6 +51,7 @@ def command(model: str, template: bool, tensors: bool, config: bool, as_json: bo
       dapji show ./model.gguf --tensors
       dapji show smollm2-135m --template > template.jinja
       dapji show smollm2-135m --json | jq .context
+      dapji show --config DeepSeek-V3/config.json
 
     Exit codes: 0 shown, 1 no such model, not readable or (--template) without a template, 2 wrong
     usage.
@@ -45,11 +61,18 @@ def command(model: str, template: bool, tensors: bool, config: bool, as_json: bo
     from dapji.weights.checkpoint import open_checkpoint
     from dapji.weights.summary import summarize
 
-    if template and (tensors or config or as_json):
+    if config_file is not None:
+        if model is not None or template or tensors or metadata:
+            raise UsageError("--config plans a model without weights; of the rest it goes with --json only")
+        _show_plan(config_file, as_json)
+        return
+    if model is None:
+        raise UsageError("neither a MODEL nor --config", hint="dapji show --help has examples")
+    if template and (tensors or metadata or as_json):
         raise UsageError("--template prints the template alone; leave out the other options")
     checkpoint = open_checkpoint(store.resolve(model))
-    if config and not as_json:
-        click.echo(json.dumps(_config(checkpoint), indent=2, ensure_ascii=False))
+    if metadata and not as_json:
+        click.echo(json.dumps(_metadata(checkpoint), indent=2, ensure_ascii=False))
         if not tensors:
             return
     summary = summarize(checkpoint)
@@ -66,17 +89,58 @@ def command(model: str, template: bool, tensors: bool, config: bool, as_json: bo
         shown = _as_json(summary, checkpoint, record)
         if tensors:
             shown["tensors"] = _tensors(checkpoint)
-        if config:
-            shown["config"] = _config(checkpoint)
+        if metadata:
+            shown["metadata"] = _metadata(checkpoint)
         click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return
-    if not tensors and not config:
-        for label, text in _lines(summary, checkpoint, record):
-            click.echo(f"{click.style(label.ljust(13), bold=True)} {text}")
+    if not tensors and not metadata:
+        _print(_lines(summary, checkpoint, record))
     if tensors:
         for tensor in _tensors(checkpoint):
             shape = " x ".join(map(str, tensor["shape"]))
             click.echo(f"{tensor['type']:>6}  {shape:>16}  {tensor['bytes']:>12}  {tensor['name']}")
+
+
+def _print(lines: list[tuple[str, str]]) -> None:
+    for label, text in lines:
+        click.echo(f"{click.style(label.ljust(13), bold=True)} {text}")
+
+
+def _show_plan(path: Path, as_json: bool) -> None:
+    from dapji.models.families import config_from_hf
+    from dapji.weights.checkpoint import read_json
+    from dapji.weights.plan import plan
+
+    planned = plan(config_from_hf(read_json(path)))
+    if as_json:
+        click.echo(json.dumps(asdict(planned), indent=2))
+    else:
+        _print(_plan_lines(planned))
+
+
+def _plan_lines(planned: Plan) -> list[tuple[str, str]]:
+    from dapji.weights.sources_base import human_size
+
+    layers = [f"{n} layer{'s' if n > 1 else ''}: {what}" for what, n in planned.layers.items()]
+    beside = f" and {planned.predictor_parameters:,} of predictors" if planned.predictors else ""
+    return [
+        ("family", planned.family),
+        *zip(("layers", *[""] * (len(layers) - 1)), layers, strict=True),
+        ("parameters", f"{planned.parameters:,}{beside}"),
+        ("per token", f"{planned.active_parameters:,} parameters"),
+        ("context", f"{planned.context} tokens"),
+        *(
+            (scheme, f"{human_size(size.bytes)} of weights, of which a token reads {human_size(size.read_per_token)}")
+            for scheme, size in planned.weights.items()
+        ),
+        *(
+            (
+                f"cache {kv}",
+                f"{size.per_token:,} bytes per token, {human_size(size.whole_context)} at full length",
+            )
+            for kv, size in planned.cache.items()
+        ),
+    ]
 
 
 def _lines(summary: Summary, checkpoint: Checkpoint, record: Record | None) -> list[tuple[str, str]]:
@@ -134,7 +198,7 @@ def _tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.kind == "huggingface":
         return dict(checkpoint.metadata)
     shown: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import math
 
 from dapji.models.config import AttentionConfig, ExpertsConfig, LatentAttentionConfig, ModelConfig, weight_shapes
 from dapji.ops.attention import KvShape
+from dapji.ops.reference import Q8_BLOCK, KvFormat
 
 
 def parameters(config: ModelConfig) -> int:
@@ -46,6 +47,18 @@ def kv_shapes(config: ModelConfig) -> list[KvShape]:
 def cached_values(config: ModelConfig) -> int:
     """Numbers that the cache holds per token, all layers."""
     return sum(shape.n_kv_heads * (shape.key_dim + shape.value_dim) for shape in kv_shapes(config))
+
+
+def cached_bytes(config: ModelConfig, kv: KvFormat) -> int:
+    """What these take per token."""
+    if kv != "q8":
+        return cached_values(config) * (2 if kv == "f16" else 4)
+    # codes of a byte, and a float32 for each Q8_BLOCK of a head
+    return sum(
+        shape.n_kv_heads * (dim + 4 * -(-dim // Q8_BLOCK))
+        for shape in kv_shapes(config)
+        for dim in (shape.key_dim, shape.value_dim)
+    )
 
 
 def _kv_shape(attention: AttentionConfig | LatentAttentionConfig) -> KvShape:

@@ -21,7 +21,7 @@ from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
 from dapji.models.families.gemma import GEMMA2, GEMMA3
 from dapji.models.families.kimi_k2 import KIMI_K2
-from dapji.models.families.layout import GGUF, give, take
+from dapji.models.families.layout import GGUF, Rule, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.llama4 import LLAMA4
 from dapji.models.families.mistral import MISTRAL
@@ -173,6 +173,11 @@ def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
             raise ConfigError(f"GGUF has no form for this rope scaling in the architecture {family.gguf_architecture}")
         named[name] = Tensor.from_float32(name, np.array(factors, dtype=np.float32))
     return metadata, named
+
+
+def gguf_rules(config: ModelConfig) -> list[Rule]:
+    """Which tensors of GGUF hold which weights; rope's aside. For who wants names and shapes without weights."""
+    return _family(config).gguf.all_rules(config)
 
 
 def _rope_tensors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
