@@ -69,7 +69,7 @@ CALLS: Sequence[tuple[tuple[str, ...], Calls | None]] = (
     (("<tool_call>", "<arg_key>"), GlmCalls()),
     (("]<]minimax[>[",), None),  # its <tool_call> is another one
     (("<tool_calls>",), JsonCalls(opener="<tool_calls>", closer="</tool_calls>")),
-    (("<tool_call>",), JsonCalls(opener="<tool_call>", closer="</tool_call>")),
+    (("<tool_call>",), JsonCalls(opener="<tool_call>", closer="</tool_call>", bare=True)),
     (("<TOOLCALL>",), JsonCalls(opener="<TOOLCALL>", closer="</TOOLCALL>")),
     (("<|START_ACTION|>",), JsonCalls(opener="<|START_ACTION|>", closer="<|END_ACTION|>")),
     (("<|tools_prefix|>",), JsonCalls(opener="<|tools_prefix|>", closer="<|tools_suffix|>", name_is_key=True)),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
 from dapji.chat.formats.values import check_name, json_call, json_members, unwrapped
+
+_FIRST_KEYS = ('"name"', '"type"', '"function"', '"parameters"', '"arguments"', '"id"')
+_FENCE = "```"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,9 @@ class JsonCalls(Calls):
     closer: str | None
     name_is_key: bool = False
     """A call is {name: arguments}."""
+    bare: bool = False
+    """Small models forget the markers: objects at the beginning of an answer that name tools are calls too, also in a
+    block of code."""
 
     @property
     def openers(self) -> Sequence[str]:
@@ -29,6 +36,38 @@ class JsonCalls(Calls):
     @property
     def markers(self) -> Sequence[str]:
         return (self.opener,) if self.closer is None else (self.opener, self.closer)
+
+    def steps(self, reader: Reader) -> Steps[None]:
+        if self.bare:
+            with suppress(Malformed):  # then it is text for the reader, which nothing has marked as a call
+                yield from self._bare(reader)
+            reader.at = 0
+        yield from super().steps(reader)
+
+    @staticmethod
+    def _bare(reader: Reader) -> Steps[None]:
+        yield from reader.space()
+        fence = (yield from reader.accept(f"{_FENCE}json", _FENCE)) is not None
+        yield from reader.space()
+        begin = reader.at
+        calls = []
+        while (yield from begins_object(reader)):
+            reader.at = begin
+            calls.append(json_call((yield from reader.bracketed("json")), needs_arguments=True))
+            if calls[-1][0] not in reader.schemas:
+                raise Malformed
+            yield from reader.space()
+            begin = reader.at
+        reader.at = begin
+        if not calls:
+            raise Malformed
+        if fence:
+            yield from reader.expect(_FENCE)
+        for call in calls:
+            reader.tool_call(*call)
+        yield from reader.space()
+        if reader.at == len(reader.text):
+            reader.markup()
 
     def call(self, reader: Reader, opener: str) -> Steps[None]:
         yield from reader.space()
@@ -57,3 +96,10 @@ class JsonCalls(Calls):
             raise Malformed
         ((name, arguments),) = members.items()
         return check_name(name), unwrapped(arguments), None
+
+
+def begins_object(reader: Reader) -> Steps[bool]:
+    """Whether an object whose first key is one of a call begins at the cursor, which may move."""
+    yield from reader.accept("{")
+    yield from reader.space()
+    return (yield from reader.accept(*_FIRST_KEYS)) is not None

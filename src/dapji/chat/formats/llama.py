@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dapji.chat.formats.json_calls import begins_object
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.pythonic import begins_list, read_list
 from dapji.chat.formats.reader import Malformed, Reader, Steps
 from dapji.chat.formats.values import json_call, python_calls
-
-_FIRST_KEYS = ('"name"', '"type"', '"function"', '"parameters"', '"arguments"', '"id"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +85,3 @@ class LlamaCalls(Calls):
                 yield from reader.space()
             if (yield from reader.accept(";", ",")) is None and (yield from reader.sees("{")) is None:
                 return
-
-
-def begins_object(reader: Reader) -> Steps[bool]:
-    """Whether an object whose first key is one of a call begins at the cursor, which may move."""
-    yield from reader.accept("{")
-    yield from reader.space()
-    return (yield from reader.accept(*_FIRST_KEYS)) is not None
