@@ -19,6 +19,7 @@ from test_llama_cpp import LOGARITHM, write
 from tiny_latent import TINY
 from tiny_models import TEXT, VOCAB, oracle, oracle_logits, saved, text, translated
 
+from dapji.errors import ConfigError
 from dapji.models import families
 from dapji.models.config import ExpertsConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 from dapji.models.executor import open_executor
@@ -150,6 +151,30 @@ def test_kimi_k2_is_deepseek_v3_under_another_name() -> None:
     assert kimi == replace(config, family="kimi_k2")
     assert_same(read, weights)
     assert families.to_hf(kimi, read)[0] == renamed
+
+
+def test_the_text_of_kimi_k25_is_kimi_k2() -> None:
+    """What sees is left out. The names are those of the published folder."""
+    config, weights = translated("kimi-k2")
+    text_config, named = families.to_hf(replace(config, family="kimi_k2"), weights)
+    # as transformers 4 wrote inner configurations, by its own defaults
+    text_config |= {"num_beams": 1, "output_attentions": False, "pruned_heads": {}, "torchscript": False}
+    outer = {"model_type": "kimi_k25", "text_config": text_config, "vision_config": {"vt_hidden_size": 32}}
+    tensors = {f"language_model.{name}": tensor for name, tensor in named.items()}
+    for name in ("vision_tower.patch_embed.pos_emb.weight", "mm_projector.proj.0.bias"):
+        tensors[name] = Tensor.from_float32(name, np.zeros((4, 4), dtype=np.float32))
+    read, read_weights = families.from_hf(outer, tensors)
+    assert read == replace(config, family="kimi_k2")
+    assert_same(read_weights, weights)
+    with pytest.raises(
+        ConfigError, match="text_config: model_type = 'deepseek_v3' is not supported, only 'kimi_k2' is"
+    ):
+        families.from_hf({**outer, "text_config": {**text_config, "model_type": "deepseek_v3"}}, tensors)
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {}}
+    published = {**outer, "text_config": {**text_config, "quantization_config": quantization}}
+    with pytest.raises(ConfigError, match=r"quant_method 'compressed-tensors' is not supported"):
+        families.from_hf(published, tensors)
+    assert families.config_from_hf(published) == read  # its size can be planned
 
 
 # ---- predictors ----
