@@ -84,14 +84,19 @@ def sentencepiece() -> tokenizers.Tokenizer:
 
 
 def hf_folder(
-    folder: Path, encoder: tokenizers.Tokenizer, config: transformers.PreTrainedConfig, special: dict[str, str]
+    folder: Path,
+    encoder: tokenizers.Tokenizer,
+    config: transformers.PreTrainedConfig,
+    special: dict[str, str],
+    *,
+    noise: float = 0.3,
 ) -> transformers.PreTrainedModel:
     """Save a random model and a tokenizer with transformers."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))  # biases and norms not neutral
+            parameter.add_(noise * torch.randn_like(parameter))  # biases and norms not neutral
     model.save_pretrained(folder)
     transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, **special).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHATML)

@@ -1,5 +1,7 @@
-"""The formats that llama.cpp's llama-quantize chose for SmolLM2-135M, by its own output (ggml 0.25.3)."""
+"""The formats that llama.cpp's llama-quantize chose, by its own output (ggml 0.25.3): for SmolLM2-135M, and for models
+of 10 layers with 8 and with 16 experts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,46 @@ def test_the_mixes_are_llama_cpps(
             assert chosen[f"blk.{i}.{part}.weight"] == plain
         for part, (better, layers, default) in (("attn_v", values), ("ffn_down", down)):
             assert chosen[f"blk.{i}.{part}.weight"] == (better if i in layers else default), (part, i)
+
+
+def with_experts(n_layers: int, n_experts: int) -> dict[str, Tensor]:
+    tensors = model(n_layers, 256, 256, 128, 1000, tied=False)
+    for i in range(n_layers):
+        for part in ("gate", "up", "down"):
+            del tensors[f"blk.{i}.ffn_{part}.weight"]
+            stack = tensor(n_experts * 256, 256)
+            tensors[f"blk.{i}.ffn_{part}_exps.weight"] = replace(stack, shape=(n_experts, 256, 256))
+            tensors[f"blk.{i}.ffn_{part}_shexp.weight"] = tensor(256, 256)
+        tensors[f"blk.{i}.ffn_gate_inp.weight"] = tensor(n_experts, 256)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("scheme", "n_experts", "plain", "k", "v", "o", "down"),
+    [  # formats of most tensors, of attn_k, of attn_output; of attn_v and ffn_down in the layers chosen
+        ("Q4_K_M", 16, "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q6_K"),
+        ("Q4_K_M", 8, "Q4_K", "Q8_0", "Q8_0", "Q5_K", "Q6_K"),
+        ("Q5_K_M", 16, "Q5_K", "Q5_K", "Q6_K", "Q5_K", "Q6_K"),
+        ("Q5_K_M", 8, "Q5_K", "Q8_0", "Q8_0", "Q5_K", "Q6_K"),
+        ("Q6_K", 8, "Q6_K", "Q8_0", "Q8_0", "Q6_K", "Q6_K"),
+        ("Q4_0", 16, "Q4_0", "Q4_0", "Q4_0", "Q4_0", "Q4_0"),
+        ("Q4_0", 8, "Q4_0", "Q8_0", "Q8_0", "Q4_0", "Q4_0"),
+        ("BF16", 8, "BF16", "BF16", "BF16", "BF16", "BF16"),
+    ],
+)
+def test_experts(scheme: str, n_experts: int, plain: str, k: str, v: str, o: str, down: str) -> None:
+    tensors = with_experts(10, n_experts)
+    chosen = {name: format.name for name, format in choose_formats(tensors, SCHEMES[scheme]).items()}
+    better = {0, 3, 6, 8, 9}
+    for i in range(10):
+        assert chosen[f"blk.{i}.attn_q.weight"] == plain
+        assert chosen[f"blk.{i}.attn_k.weight"] == k
+        assert chosen[f"blk.{i}.attn_output.weight"] == o
+        assert chosen[f"blk.{i}.attn_v.weight"] == (v if i in better or n_experts == 8 else plain)
+        assert chosen[f"blk.{i}.ffn_gate_inp.weight"] == "F32"
+        for stack in ("exps", "shexp"):
+            assert chosen[f"blk.{i}.ffn_gate_{stack}.weight"] == chosen[f"blk.{i}.ffn_up_{stack}.weight"] == plain
+            assert chosen[f"blk.{i}.ffn_down_{stack}.weight"] == (down if i in better else plain)
 
 
 def test_a_head_of_its_own_leaves_the_embedding_at_the_default() -> None:

@@ -143,21 +143,32 @@ class Tensor:
             release=release,
         )
 
+    def without_blocks(self) -> Tensor:
+        """The same values in a format whose values can change places: for one of blocks F32, made when asked for."""
+        if self.format.block == 1:
+            return self
+        return replace(
+            self,
+            name=f"{self.name} as F32",
+            format=FORMATS["F32"],
+            source=lambda: np.ascontiguousarray(self.format.dequantize(self.data)).view(np.uint8),
+            order=None,
+            parts=(),
+        )
+
     def transposed(self, name: str | None = None) -> Tensor:
-        """[rows, cols] -> [cols, rows], or each matrix of [n, rows, cols]; made when asked for. Raises ConfigError in a
-        format of blocks, whose values cannot change places."""
+        """[rows, cols] -> [cols, rows], or each matrix of [n, rows, cols]; made when asked for, `without_blocks`."""
         if len(self.shape) == 3:
             n, rows, cols = self.shape
             return Tensor.joined(name or self.name, [part.transposed() for part in self.split()], n, cols, rows)
-        if self.format.block > 1:
-            raise ConfigError(f"{self.name}: a matrix of format {self.format.name} cannot be transposed")
-        rows, cols = self.shape
-        size = self.format.block_bytes
+        plain = self.without_blocks()
+        rows, cols = plain.shape
+        size = plain.format.block_bytes
 
         def make() -> Bytes:
-            return np.ascontiguousarray(self.data.reshape(rows, cols, size).swapaxes(0, 1)).reshape(cols, -1)
+            return np.ascontiguousarray(plain.data.reshape(rows, cols, size).swapaxes(0, 1)).reshape(cols, -1)
 
         return Tensor(
-            name=f"{name or self.name} transposed", format=self.format, shape=(cols, rows), source=make,
+            name=f"{name or self.name} transposed", format=plain.format, shape=(cols, rows), source=make,
             release=self.release,
         )  # fmt: skip

@@ -42,7 +42,7 @@ class Scheme:
     better_values: Callable[[Layer], bool] = lambda layer: False
     """For attn_v."""
     better_down: Callable[[Layer], bool] = lambda layer: False
-    """For ffn_down."""
+    """For ffn_down, of experts too."""
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -87,31 +87,47 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def choose_formats(tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Format]:
-    """The format of every tensor of a GGUF model: vectors F32, routers as they are, other matrices by the scheme."""
+    """The format of every tensor of a GGUF model: vectors and routers F32, other matrices by the scheme."""
     n_layers = 1 + max((int(match[1]) for name in tensors if (match := _LAYER.match(name))), default=-1)
     return {name: FORMATS[_choose(name, tensors, scheme, n_layers)] for name in tensors}
 
 
 def _choose(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, n_layers: int) -> str:
     tensor = tensors[name]
-    if len(tensor.shape) == 1:
+    if len(tensor.shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "F32"
-    if not name.endswith(".weight") or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+    if not name.endswith(".weight") or name.endswith("_norm.weight"):
         return tensor.format.name
     chosen = scheme.default
     head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
     if name == head and chosen.startswith(("Q4", "Q5")):
         chosen = "Q6_K"
     elif match := _LAYER.match(name):
-        layer = int(match[1]), n_layers
-        values, down = name.endswith(".attn_v.weight"), name.endswith(".ffn_down.weight")
-        if scheme.better and ((values and scheme.better_values(layer)) or (down and scheme.better_down(layer))):
-            chosen = scheme.better
-        elif chosen == "Q4_K" and values and _is_70b(tensors, n_layers):
-            chosen = "Q5_K"
+        chosen = _choose_in_layer(name[match.end() :], (int(match[1]), n_layers), tensors, scheme)
     if tensor.cols % FORMATS[chosen].block:
         chosen = _FALLBACKS.get(chosen, chosen)
     return chosen if tensor.cols % FORMATS[chosen].block == 0 else "F16"
+
+
+def _choose_in_layer(part: str, layer: Layer, tensors: Mapping[str, Tensor], scheme: Scheme) -> str:
+    """part: of the tensor's name, after the layer's number."""
+    chosen = scheme.default
+    if _n_experts(tensors) == 8 and FORMATS[chosen].block > 1:
+        # Mixtral: attention is little beside the experts, so that more bits cost nearly nothing
+        if part in ("attn_k.weight", "attn_v.weight"):
+            return "Q8_0"
+        if part == "attn_output.weight" and chosen == "Q4_K":
+            return "Q5_K"
+    values, down = part == "attn_v.weight", part.startswith("ffn_down")
+    if scheme.better and ((values and scheme.better_values(layer)) or (down and scheme.better_down(layer))):
+        return scheme.better
+    if chosen == "Q4_K" and values and _is_70b(tensors, layer[1]):
+        return "Q5_K"
+    return chosen
+
+
+def _n_experts(tensors: Mapping[str, Tensor]) -> int:
+    return next((tensors[name].shape[0] for name in tensors if name.endswith("ffn_down_exps.weight")), 0)
 
 
 def _is_70b(tensors: Mapping[str, Tensor], n_layers: int) -> bool:

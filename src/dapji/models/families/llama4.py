@@ -321,7 +321,7 @@ def _gate_and_up(foreign: str, experts: str, shape: Shape) -> Rule:
         ]
 
     def write(own: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(*(tensor.split() for tensor in own), strict=True)
+        pairs = zip(*([matrix.without_blocks() for matrix in tensor.split()] for tensor in own), strict=True)
         matrices = [
             Tensor.joined(f"{foreign}[{i}]", pair, 2 * hidden_dim, dim).transposed() for i, pair in enumerate(pairs)
         ]
