@@ -260,10 +260,6 @@ def _convert(
     tensor: Tensor, format: Format, pool: ThreadPoolExecutor, measure: bool
 ) -> Iterator[tuple[int, Bytes, Floats64]]:
     """Number of rows, their bytes in `format`, and [sum of squared errors, sum of squared values] where measured."""
-    if len(tensor.shape) == 3:  # of experts: some are made of parts when asked for, so one at a time
-        for matrix in tensor.split():
-            yield from _convert(matrix, format, pool, measure)
-        return
     if tensor.format is format:
         yield tensor.rows, tensor.data, np.zeros(2)
         return
