@@ -60,9 +60,10 @@ def test_deepseek_v3() -> None:
     assert model.cache["f16"].per_token == 70_272 == 61 * 576 * 2
     assert model.cache["q8"].per_token == 61 * (576 + 4 * 18)
     assert model.cache["f16"].whole_context == 70_272 * 163_840
-    # two bytes a weight, but for vectors; of the 685 G
-    assert model.weights["BF16"].bytes == pytest.approx(2 * 684_489_845_504, rel=1e-4)
-    assert model.weights["BF16"].read_per_token == pytest.approx(2 * model.active_parameters, rel=1e-4)
+    # two bytes a weight, but for vectors and routers; of the 685 G
+    router = 256 * 7168
+    assert model.weights["BF16"].bytes == pytest.approx(2 * (684_489_845_504 + 59 * router), rel=1e-4)
+    assert model.weights["BF16"].read_per_token == pytest.approx(2 * (model.active_parameters + 58 * router), rel=1e-4)
     assert model.weights["Q8_0"].bytes == pytest.approx(1.0625 * 684_489_845_504, rel=1e-3)
 
 
