@@ -201,6 +201,13 @@ def with_experts(config: ModelConfig, change: Callable[[ExpertsConfig], ExpertsC
     return replace(config, layers=tuple(map(of, config.layers)))
 
 
+def with_dense(config: ModelConfig, **values: Any) -> ModelConfig:
+    first = config.layers[0]
+    return replace(
+        config, layers=(replace(first, feed_forward=replace(first.feed_forward, **values)), *config.layers[1:])
+    )
+
+
 def with_rope(config: ModelConfig, **values: Any) -> ModelConfig:
     attention = config.layers[0].attention
     assert isinstance(attention, LatentAttentionConfig)
@@ -215,6 +222,12 @@ BOTH: list[tuple[str, Callable[[ModelConfig], ModelConfig], str]] = [
     ("deepseek-v3", lambda c: replace(c, predictors=c.layers[:1]), "no form for predictors that differ from the last"),
     ("deepseek-v3", lambda c: replace(c, layers=c.layers[::-1]), "no form for dense layers after layers of experts"),
     ("deepseek-v3", lambda c: replace(c, layers=c.layers[:1]), "no form for a model without experts"),
+    ("deepseek-v3", lambda c: with_dense(c, bias=True), "no form for dense layers with biases or an activation of"),
+    (
+        "deepseek-v3",
+        lambda c: with_dense(c, activation="gelu"),
+        "no form for dense layers with biases or an activation",
+    ),
     ("moonlight", lambda c: everywhere(c, scale=0.5), "a form for scores scaled by 0.5, only by 1 / sqrt"),
     (
         "deepseek-v3",

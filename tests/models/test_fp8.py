@@ -120,6 +120,17 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, A
     return to
 
 
+def test_a_block_may_be_larger_than_any_matrix(folder: Path, tmp_path: Path) -> None:
+    def one_scale_each(tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
+        quantization["weight_block_size"] = [1 << 40, 1 << 40]
+        tensors.update({name: torch.full((1, 1), 0.5) for name in tensors if name.endswith("_scale_inv")})
+
+    checkpoint = open_checkpoint(changed(folder, one_scale_each, tmp_path))
+    _, weights = families.from_hf(checkpoint.metadata, checkpoint.tensors)
+    codes = load_file(folder / "model.safetensors")[O].float()
+    np.testing.assert_array_equal(weights["layers.0.attention.o"].float32(), (codes * 0.5).numpy())
+
+
 O = "model.layers.0.self_attn.o_proj.weight"  # noqa: E741
 
 

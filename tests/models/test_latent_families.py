@@ -328,7 +328,7 @@ def test_tensors_are_those_of_llama_cpps_converter(name: str) -> None:
 
 
 def unsplit(name: str, format: str) -> tuple[dict[str, Any], Weights]:
-    """A GGUF file as llama.cpp's converter wrote it until 2025: keys and values of all heads in one tensor."""
+    """A GGUF file as llama.cpp's converter wrote it until April 2025: keys and values of all heads in one tensor."""
     hf = oracle(name).config
     metadata, named = families.to_gguf(*translated(name))
     for i in range(hf.num_hidden_layers):

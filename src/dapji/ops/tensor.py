@@ -62,18 +62,6 @@ class Tensor:
         """The values, [*shape] float32, newly allocated (a view where the format is F32 already)."""
         return self.format.dequantize(self.data).reshape(self.shape)
 
-    def dequantized(self) -> Tensor:
-        """The same values in a format without blocks: itself, or float32, made when asked for."""
-        if self.format.block == 1:
-            return self
-        return Tensor(
-            name=self.name,
-            format=FORMATS["F32"],
-            shape=self.shape,
-            source=lambda: self.format.dequantize(self.data).view(np.uint8),
-            release=self.release,
-        )
-
     def reshape(self, *shape: int) -> Tensor:
         """The same rows under other leading dimensions."""
         assert math.prod(shape[:-1]) == self.rows

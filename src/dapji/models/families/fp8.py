@@ -83,7 +83,7 @@ def _scaled(weight: Tensor, scale: Tensor, block_rows: int, block_cols: int) -> 
     def make() -> Bytes:
         values = weight.float32()
         for start, scales in zip(range(0, rows, block_rows), scale.float32(), strict=True):
-            values[start : start + block_rows] *= np.repeat(scales, block_cols)[:cols]
+            values[start : start + block_rows] *= np.repeat(scales, min(block_cols, cols))[:cols]
         return values.view(np.uint8)
 
     return Tensor(name=weight.name, format=FORMATS["F32"], shape=weight.shape, source=make, release=weight.release)

@@ -16,6 +16,7 @@ import numpy as np
 from dapji.errors import ConfigError
 from dapji.models.config import (
     ExpertsConfig,
+    FeedForwardConfig,
     LatentAttentionConfig,
     LayerConfig,
     ModelConfig,
@@ -187,6 +188,8 @@ def parts_of(config: ModelConfig) -> Parts:
     for i, layer in enumerate(config.layers):
         if replace(layer, feed_forward=experts) != last:
             raise ConfigError(f"{config.family} has no form for layers that differ: {i} is not as the last")
+    if dense is not None and dense != FeedForwardConfig(hidden_dim=dense.hidden_dim, activation=experts.activation):
+        raise ConfigError(f"{config.family} has no form for dense layers with biases or an activation of their own")
     if any(layer != last for layer in config.predictors):
         raise ConfigError(f"{config.family} has no form for predictors that differ from the last layer")
     # without dense layers nothing depends on it
@@ -325,15 +328,15 @@ def _side_by_side(*parts: Index) -> Index:
 
 
 def _kv_up(rule: Rule) -> Rule:
-    """The rule of a tensor of k_up transposed beside v_up. A quantised matrix cannot be transposed, its values can."""
+    """The rule of a tensor of k_up transposed beside v_up. Of blocks both become float32, to stand in one tensor."""
 
     def read(given: Sequence[Tensor]) -> list[Tensor]:
         k, v = rule.read(given)
-        return [k.dequantized().transposed(), v]
+        return [k.transposed(), v]
 
     def write(own: Sequence[Tensor]) -> list[Tensor]:
         k, v = own
-        return list(rule.write([k.dequantized().transposed(), v.dequantized()]))
+        return list(rule.write([k.transposed(), v.without_blocks()]))
 
     return replace(rule, read=read, write=write)
 
@@ -396,7 +399,7 @@ _GGUF_UNSPLIT = replace(GGUF_LATENT, rules=partial(_rules, GGUF.layers, replace(
 
 
 def gguf_layout(facts: GgufFacts) -> Layout:
-    """Files from before 2025 hold k_up and v_up in one tensor."""
+    """Files from before April 2025 hold k_up and v_up in one tensor."""
     return _GGUF_UNSPLIT if "blk.0.attn_kv_b.weight" in facts.names else GGUF_LATENT
 
 
@@ -425,7 +428,8 @@ def model_from_gguf(
         fields, head_dim=rope_dim, stated_context=stated_context, tensors=facts.rope_tensors,
         log_multiplier=multiplier,
     )  # fmt: skip
-    scaling, mscale_all_dim = rope.scaling, shortest(shortest(multiplier) * 10)
+    scaling = rope.scaling
+    mscale_all_dim = shortest(10 * shortest(multiplier))  # as a decimal, before it became a float32 tenth
     if scaling is not None and scaling.kind == "yarn":
         if not multiplier:
             raise ConfigError("GGUF: rope.scaling.yarn_log_multiplier is missing, without which yarn is not defined")
