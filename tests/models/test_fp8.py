@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TEXT, oracle, text
+from transformers.integrations import finegrained_fp8
 
 from dapji.errors import ConfigError, FormatError
 from dapji.models import families
@@ -53,6 +54,14 @@ def by_block(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
             codes[block] = (values[block] / scales[i, j]).to(torch.float8_e4m3fn)
             meant[block] = codes[block].float() * scales[i, j]
     return codes, scales, meant
+
+
+def test_blocks_mean_what_transformers_takes_them_for() -> None:
+    """With whole and with partial blocks at both ends."""
+    for shape in ((32, 48), (40, 20), (7, 50)):
+        codes, scales, meant = by_block(torch.randn(shape))
+        theirs = finegrained_fp8._dequantize_fp8_weight(codes, scales, [BLOCK, BLOCK], torch.float32)
+        torch.testing.assert_close(meant, theirs, rtol=0, atol=0)
 
 
 QUANTISED = ("_proj.weight", "_proj_with_mqa.weight")
