@@ -128,6 +128,7 @@ class Model:
     """One tokenizer three times: from its folder, from the GGUF metadata made of that, and by its own library."""
 
     def __init__(self, folder: Path, count: int) -> None:
+        self.path = folder
         self.folder = Tokenizer.from_folder(folder)
         self.metadata = vocabulary.gguf_metadata(folder, n_tokens=self.folder.vocab_size)
         self.gguf = Tokenizer.from_gguf(self.metadata)
@@ -198,6 +199,17 @@ def test_decodes_to_the_text_also_in_pieces(model: Model) -> None:
             assert decoded == (text if byte_level else text.replace("▁", " "))
 
 
+def test_places_control_tokens_as_its_own_library(model: Model) -> None:
+    if not (model.path / "tokenizer.json").exists():
+        pytest.skip("only the library of tokenizer.json finds control tokens in text")
+    library = tokenizers.Tokenizer.from_file(str(model.path / "tokenizer.json"))
+    spellings = list(model.folder.control)
+    text = "".join(f"{spelling}\nuser 답지 " for spelling in [*spellings[:40], *spellings[-40:]])
+    expected = library.encode(text, add_special_tokens=False).ids
+    for tokenizer in (model.folder, model.gguf):
+        assert tokenizer.encode_parts(tokenizer.split_control(text)) == expected
+
+
 def test_begins_and_ends_as_its_publisher_says(name: str, model: Model) -> None:
     if name in OWN:
         pytest.skip("nothing is known of this one")
@@ -206,6 +218,24 @@ def test_begins_and_ends_as_its_publisher_says(name: str, model: Model) -> None:
     assert tokenizer.bos_id == (None if published.bos is None else tokenizer.control[published.bos])
     assert tokenizer.add_bos is published.add_bos
     assert tokenizer.stop_ids == {tokenizer.control[spelling] for spelling in published.stop}
+
+
+def test_ends_of_generation_config_reach_gguf(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Llama 3's and, as somebody who trained it further may add, <|python_tag|>, which no spelling rule knows."""
+    folder = published_folder("Llama 3", tmp_path_factory)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128008, 128009, 128010]}))
+    tokenizer = Tokenizer.from_folder(folder)
+    metadata = vocabulary.gguf_metadata(folder, n_tokens=tokenizer.vocab_size)
+    assert tokenizer.control["<|python_tag|>"] == metadata["tokenizer.ggml.eot_token_id"] == 128010
+    assert tokenizer.stop_ids == Tokenizer.from_gguf(metadata).stop_ids == {128001, 128008, 128009, 128010}
+
+
+@pytest.mark.slow
+def test_ends_that_other_readers_do_not_know_have_keys(tmp_path_factory: pytest.TempPathFactory) -> None:
+    metadata = vocabulary.gguf_metadata(published_folder("Llama 4", tmp_path_factory), n_tokens=202048)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tokens[metadata["tokenizer.ggml.eot_token_id"]] == "<|eot|>"
+    assert tokens[metadata["tokenizer.ggml.eom_token_id"]] == "<|eom|>"
 
 
 @pytest.fixture

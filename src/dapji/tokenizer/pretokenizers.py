@@ -84,7 +84,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         PreTokenizer(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True),
     ),
     **_same("glm4 glm5", PreTokenizer(patterns=(_LLAMA3,), ignore_merges=True)),
-    **_same("chatglm-bpe dbrx smaug-bpe", PreTokenizer(patterns=(_LLAMA3,))),
+    **_same("dbrx smaug-bpe chatglm-bpe", PreTokenizer(patterns=(_LLAMA3,))),
     **_same("qwen2 deepseek-r1-qwen", PreTokenizer(patterns=(_QWEN2,), nfc=True)),
     **_same("stablelm2 hunyuan megrez solar-open grok-2 kormo", PreTokenizer(patterns=(_QWEN2,))),
     "qwen35": PreTokenizer(patterns=(_QWEN35,), nfc=True),

@@ -30,6 +30,9 @@ _PROBE = (
 )
 """A text that the known pre-tokenizers cut differently, with long runs of white space, which Gemma adds tokens for."""
 
+_ENDS_WITH_KEYS = frozenset({"<|eot|>", "<|eom|>"})
+"""End tokens whose spelling is known to us and not to other readers of GGUF: Llama 4's."""
+
 
 def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
     """`tokenizer.*` metadata of the tokenizer in a Hugging Face folder.
@@ -67,8 +70,8 @@ def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
         if spelling in ids:
             keys[key] = ids[spelling]
     keys["add_bos_token"] = description.add_bos
-    # The end tokens that follow neither from their spelling nor from eos_token.
-    own = sorted(description.stop_ids - end_ids(description.control) - {description.eos_id})
+    known = end_ids({name: i for name, i in description.control.items() if name not in _ENDS_WITH_KEYS})
+    own = sorted(description.stop_ids - known - {description.eos_id}, key=lambda i: (i == ids.get("<|eom|>"), i))
     if len(own) > 2:
         raise TokenizerError(f"{path}: GGUF has room for 2 end tokens of unusual names, not for {own}")
     keys |= zip(("eot_token_id", "eom_token_id"), own, strict=False)
