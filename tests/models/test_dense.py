@@ -13,8 +13,10 @@ import pytest
 import tiny_dense
 import torch
 import transformers
+from llama_cpp import LlamaCpp
 from test_families import assert_same, through_gguf
-from tiny_models import EXECUTORS, ORIGINAL, PENDING, TEXT, WINDOW, opened, oracle, oracle_logits, text, translated
+from test_llama_cpp import LOGARITHM, write
+from tiny_models import EXECUTORS, ORIGINAL, TEXT, VOCAB, WINDOW, opened, oracle, oracle_logits, text, translated
 
 from dapji.models import families
 from dapji.models.config import AttentionConfig, LayerConfig, ModelConfig
@@ -146,8 +148,6 @@ def test_forms_of_patterns(written: dict[str, object], windowed: str) -> None:
 @pytest.mark.parametrize("context", [ORIGINAL, ORIGINAL + 1, 100])
 def test_longrope_has_the_factors_of_the_executors_context(name: str, kind: str, context: int) -> None:
     """transformers takes the length of the text that it sees in one pass; we the context, whatever the text."""
-    if name in PENDING.get(kind.partition("-")[0], ()):
-        pytest.skip("this executor cannot run the model yet")
     config, tensors = translated(name)
     want = oracle_logits(name, context)
     np.testing.assert_allclose(logits(config, tensors, context, kind=kind), want, rtol=0, atol=TOLERANCE)
@@ -252,3 +252,28 @@ def test_the_window_reaches_as_far_as_in_transformers() -> None:
     difference = logits(changed(config, lambda old: replace(old, window=None)), tensors) - oracle_logits("phi3")
     assert np.abs(difference[:WINDOW]).max() <= TOLERANCE
     assert np.abs(difference[WINDOW]).max() > 1e-3
+
+
+def test_llama_cpp_reads_windows_of_the_hybrid_with_64_layers(tmp_path: Path) -> None:
+    """It takes exaone4 for a hybrid by this number of layers alone (compare `tiny_dense.LACKING`)."""
+    config = transformers.Exaone4Config(
+        **{**oracle("exaone4-hybrid").config.to_dict(), "num_hidden_layers": 64, "layer_types": None, "hidden_size": 32}
+    )
+    torch.manual_seed(3)
+    model = transformers.Exaone4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    path = tmp_path / "model.gguf"
+    write(path, *families.from_hf(checkpoint.metadata, checkpoint.tensors))
+    prompts = [text(n) for n in (3, WINDOW, WINDOW + 8, 100)]
+    llama_cpp = LlamaCpp()
+    try:
+        got = llama_cpp.log_probabilities(path, prompts, VOCAB)
+    finally:
+        llama_cpp.close()
+    with torch.no_grad():
+        rows = [model(torch.tensor([prompt]), use_cache=False).logits[0, -1] for prompt in prompts]
+    np.testing.assert_allclose(got, torch.log_softmax(torch.stack(rows), dim=-1), rtol=0, atol=LOGARITHM)
