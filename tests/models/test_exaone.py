@@ -12,7 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import tiny_exaone
-from tiny_models import EXECUTORS, TEXT, opened, oracle, oracle_logits, text
+from llama_cpp import LlamaCpp
+from test_llama_cpp import LOGARITHM, write
+from tiny_models import EXECUTORS, TEXT, VOCAB, opened, oracle, oracle_logits, text
 
 from dapji.models import families
 from dapji.models.config import ModelConfig
@@ -127,3 +129,16 @@ def test_gguf_has_the_names_of_llama_cpp() -> None:
     # the keys that llama.cpp requires of this architecture
     for key in (gguf.Keys.LLM.BLOCK_COUNT, gguf.Keys.LLM.CONTEXT_LENGTH, gguf.Keys.Attention.LAYERNORM_RMS_EPS):
         assert key.format(arch="exaone") in metadata
+
+
+def test_llama_cpp_gives_the_same_probabilities(tmp_path: Path) -> None:
+    config, weights = families.from_hf(*renamed("llama-3.1"))
+    write(tmp_path / "model.gguf", config, weights)
+    prompts = [text(n) for n in (3, 40, 100)]
+    llama_cpp = LlamaCpp()
+    try:
+        got = llama_cpp.log_probabilities(tmp_path / "model.gguf", prompts, VOCAB)
+    finally:
+        llama_cpp.close()
+    rows = oracle_logits("llama-3.1")[[len(prompt) - 1 for prompt in prompts]]
+    np.testing.assert_allclose(got, rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)), rtol=0, atol=LOGARITHM)

@@ -227,33 +227,26 @@ class Sizes:
 def sizes_from_hf(
     fields: Fields,
     *,
-    default_n_kv_heads: int | None = None,
-    default_head_dim: int | None = None,
-    default_theta: float = 10_000.0,
     names: Mapping[str, str] | None = None,
     read_rope: Callable[..., RopeConfig] = rope_from_hf,
 ) -> Sizes:
-    """The common keys of config.json.
+    """The common keys of config.json. Absent mean num_key_value_heads num_attention_heads, and head_dim hidden_size /
+    num_attention_heads, unless `fields` assume something else.
 
-    Defaults: what transformers means by an absent key; None: num_key_value_heads is num_attention_heads, head_dim is
-    hidden_size / num_attention_heads. names: what the family calls a key that is otherwise called so. read_rope: takes
-    what `rope_from_hf` takes.
+    names: what the family calls a key that is otherwise called so. read_rope: takes what `rope_from_hf` takes.
     """
     own = {key: key for key in _RENAMED} | dict(names or {})
     dim, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if default_head_dim is not None or "head_dim" in fields:
-        head_dim = fields.integer("head_dim", default_head_dim)
-    else:
-        head_dim = _head_dim(dim, n_heads)
+    head_dim = _head_dim(dim, n_heads) if "head_dim" not in fields else fields.integer("head_dim")
     stated_context = fields.integer("max_position_embeddings")
-    rope = read_rope(fields, head_dim=head_dim, stated_context=stated_context, default_theta=default_theta)
+    rope = read_rope(fields, head_dim=head_dim, stated_context=stated_context)
     # LongChat and Vicuna scale by "linear" and say here how far that reaches
     longest = max(stated_context, fields.integer("max_sequence_length", stated_context))
     return Sizes(
         dim=dim,
         n_layers=fields.integer(own["num_hidden_layers"]),
         n_heads=n_heads,
-        n_kv_heads=fields.integer("num_key_value_heads", default_n_kv_heads or n_heads),
+        n_kv_heads=fields.integer("num_key_value_heads", n_heads),
         head_dim=head_dim,
         hidden_dim=fields.integer("intermediate_size"),
         activation=fields.choice(own["hidden_act"], HF_ACTIVATIONS, "silu"),

@@ -33,10 +33,10 @@ class Fields:
         self._read: set[str] = set()
 
     def assuming(self, values: Mapping[str, object]) -> Fields:
-        """The same, where a key that is absent, not null, means what it has in `values`."""
+        """The same, where a key that is absent means what it has in `values`."""
         assumed = {self._prefix + key: value for key, value in values.items()}
-        own = {**dict.fromkeys(self._nulls), **self._values}
-        fields = Fields({**assumed, **own}, where=self._where, prefix=self._prefix)
+        own = {**dict.fromkeys(self._nulls), **assumed, **self._values}
+        fields = Fields(own, where=self._where, prefix=self._prefix)
         fields._read = self._read
         return fields
 

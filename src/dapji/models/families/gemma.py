@@ -225,17 +225,18 @@ GEMMA2 = Family(
 # ---- Gemma 3 ----
 
 _PERIOD_3, _LAYERS_OF_27B_3 = 6, 62
-_LOCAL_THETA = 10_000.0
 _DEFAULTS_3 = {
     **_DEFAULTS,
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
 }
 
 
 def _gemma3_from_hf(fields: Fields) -> ModelConfig:
     fields = fields.assuming(_DEFAULTS_3)
-    sizes = sizes_from_hf(fields, names=_NAMES, default_theta=1_000_000.0, read_rope=_global_rope)
+    sizes = sizes_from_hf(fields, names=_NAMES, read_rope=_global_rope)
     local = _local_rope(fields, head_dim=sizes.head_dim, stated_context=sizes.max_context)
     attention = replace(
         _attention_from_hf(fields, sizes),
@@ -250,18 +251,18 @@ def _gemma3_from_hf(fields: Fields) -> ModelConfig:
     return replace(_model("gemma3_text", sizes, layers, offset=1.0), logit_softcap=softcap)
 
 
-def _global_rope(fields: Fields, *, head_dim: int, stated_context: int, default_theta: float) -> RopeConfig:
+def _global_rope(fields: Fields, *, head_dim: int, stated_context: int) -> RopeConfig:
     """Of layers without a window; transformers 5 writes one object for each kind of layer."""
     if "rope_parameters" not in fields:
-        return rope_from_hf(fields, head_dim=head_dim, stated_context=stated_context, default_theta=default_theta)
-    theta = fields.number("rope_theta", default_theta)
+        return rope_from_hf(fields, head_dim=head_dim, stated_context=stated_context)
+    theta = fields.number("rope_theta")
     rope = _rope_parameters(fields, LAYER_TYPES[False])
     return rope_of(fields, rope, theta=theta, head_dim=head_dim, stated_context=stated_context)
 
 
 def _local_rope(fields: Fields, *, head_dim: int, stated_context: int) -> RopeConfig:
     """Of layers with a window."""
-    theta = fields.number("rope_local_base_freq", _LOCAL_THETA)
+    theta = fields.number("rope_local_base_freq")
     if "rope_parameters" not in fields:
         return RopeConfig(theta=theta, dim=head_dim)
     rope = _rope_parameters(fields, LAYER_TYPES[True])
@@ -286,7 +287,7 @@ def _gemma3_from_gguf(fields: Fields, facts: GgufFacts) -> ModelConfig:
     attention = replace(attention, qk_norm="weighted")
     window = fields.integer("attention.sliding_window", 0) or None
     windowed = [False] * sizes.n_layers if window is None else windowed_from_gguf(fields, sizes.n_layers, _PERIOD_3)
-    local = RopeConfig(theta=fields.number("rope.freq_base_swa", _LOCAL_THETA), dim=sizes.rope.dim)
+    local = RopeConfig(theta=fields.number("rope.freq_base_swa", 10_000.0), dim=sizes.rope.dim)
     softcap = fields.number("final_logit_softcapping", 0.0) or None
     fields.finish(GGUF_IGNORABLE)
     layers = _layers(sizes, attention, (sizes.rope, local), window, windowed)

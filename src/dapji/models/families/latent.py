@@ -64,7 +64,7 @@ def model_from_hf(
 ) -> ModelConfig:
     """The whole model. routing: of all layers of experts."""
     rope_dim = fields.integer("qk_rope_head_dim")
-    sizes = sizes_from_hf(fields, default_head_dim=rope_dim)
+    sizes = sizes_from_hf(fields.assuming({"head_dim": rope_dim}))
     nope_dim = fields.integer("qk_nope_head_dim")
     # what transformers adds to the published keys
     fields.require("head_dim", rope_dim)

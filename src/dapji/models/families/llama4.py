@@ -117,8 +117,8 @@ def _model(
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    fields = fields.assuming({"rms_norm_eps": 1e-5})
-    sizes = sizes_from_hf(fields, default_n_kv_heads=8, default_head_dim=128, default_theta=500_000.0)
+    fields = fields.assuming({"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 500_000.0})
+    sizes = sizes_from_hf(fields)
     n_layers = sizes.n_layers
     bias = fields.boolean("attention_bias", False)
     chunk = fields.optional_integer("attention_chunk_size", 8192)

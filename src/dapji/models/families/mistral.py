@@ -20,7 +20,7 @@ from dapji.models.families.rope import ROPE_FREQS
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields, default_n_kv_heads=8)
+    sizes = sizes_from_hf(fields.assuming({"num_key_value_heads": 8}))
     # 4096 is what transformers means by an absent key; later models write null
     window = fields.optional_integer("sliding_window", 4096)
     fields.finish(HF_IGNORABLE)

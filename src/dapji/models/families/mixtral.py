@@ -34,8 +34,7 @@ _GGUF_ROUTING = GgufRouting(normalized=True)
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    fields = fields.assuming({"rms_norm_eps": 1e-5})
-    sizes = sizes_from_hf(fields, default_n_kv_heads=8, default_theta=1e6)
+    sizes = sizes_from_hf(fields.assuming({"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6}))
     window = fields.integer("sliding_window") if "sliding_window" in fields else None
     routed = ExpertsConfig(
         routing=Routing(

@@ -18,12 +18,11 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, HF
-
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+from dapji.models.families.windows import windowed_from_hf, windows_to_hf
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields, default_n_kv_heads=32)
+    sizes = sizes_from_hf(fields.assuming({"num_key_value_heads": 32}))
     fields.require("use_mrope", False)
     if "dual_chunk_attention_config" in fields:
         # The models for a million tokens attend as the others do up to this length, and in chunks only beyond it.
@@ -49,29 +48,20 @@ def layer_windows(fields: Fields, n_layers: int) -> list[int | None]:
     stated = fields.optional_integer("sliding_window", 4096)
     window = stated if use_window else None
     first_windowed = fields.integer("max_window_layers", 28)
-    types = [_LAYER_TYPES[window is not None and i >= first_windowed] for i in range(n_layers)]
-    if "layer_types" in fields:
-        types = fields.strings("layer_types")
-        if len(types) != n_layers:
-            raise ConfigError(f"config.json: {len(types)} layer_types for num_hidden_layers ({n_layers})")
-        if unknown := sorted(set(types) - set(_LAYER_TYPES)):
-            raise ConfigError(f"config.json: layer_types {unknown[0]!r} is not supported")
-        if window is None and "sliding_attention" in types:
-            raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is false")
-    return [window if kind == "sliding_attention" else None for kind in types]
+    windowed = windowed_from_hf(fields, [window is not None and i >= first_windowed for i in range(n_layers)])
+    if window is None and any(windowed):
+        raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is false")
+    return [window if it_has else None for it_has in windowed]
 
 
 def layer_windows_to_hf(config: ModelConfig) -> dict[str, object]:
     """The inverse."""
     every = windows(config)
-    sizes = {window for window in every if window is not None}
-    if len(sizes) > 1:
-        raise ConfigError(f"config.json of {config.family} has one sliding_window, not {sorted(sizes)}")
+    first_windowed = next((i for i, window in enumerate(every) if window is not None), config.n_layers)
     return {
-        "use_sliding_window": bool(sizes),
-        "sliding_window": sizes.pop() if sizes else None,
-        "max_window_layers": next((i for i, window in enumerate(every) if window is not None), config.n_layers),
-        "layer_types": [_LAYER_TYPES[window is not None] for window in every],
+        **windows_to_hf(config),
+        "use_sliding_window": first_windowed < config.n_layers,
+        "max_window_layers": first_windowed,
     }
 
 

@@ -44,7 +44,7 @@ def check_gguf_biases(attention: AttentionConfig, architecture: str) -> None:
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields, default_n_kv_heads=32, default_head_dim=128)
+    sizes = sizes_from_hf(fields.assuming({"num_key_value_heads": 32, "head_dim": 128}))
     attention = attention_from_hf(fields, sizes)
     every = layer_windows(fields, sizes.n_layers)
     fields.finish(HF_IGNORABLE)

@@ -35,7 +35,7 @@ def _routing(n_experts: int, n_experts_per_token: int, normalized: bool) -> Rout
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields, default_n_kv_heads=4)
+    sizes = sizes_from_hf(fields.assuming({"num_key_value_heads": 4}))
     attention = attention_from_hf(fields, sizes)
     window = fields.optional_integer("sliding_window", 4096)
     if fields.boolean("use_sliding_window", False):

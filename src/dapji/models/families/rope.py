@@ -48,9 +48,7 @@ def longest_context(scaling: RopeScaling | None, stated: int) -> int:
     return max(stated, int(scaling.factor * scaling.original_context))
 
 
-def rope_from_hf(
-    fields: Fields, *, head_dim: int, stated_context: int, default_theta: float = 10_000.0, partial: bool = False
-) -> RopeConfig:
+def rope_from_hf(fields: Fields, *, head_dim: int, stated_context: int, partial: bool = False) -> RopeConfig:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before; "type" or "rope_type").
 
     As there, dynamic scaling starts at max_position_embeddings, and so do yarn, llama3 and longrope where
@@ -64,7 +62,7 @@ def rope_from_hf(
     return rope_of(
         fields,
         fields.mapping(keys[0]) if keys else plain,
-        theta=fields.number("rope_theta", default_theta),
+        theta=fields.number("rope_theta", 10_000.0),
         head_dim=head_dim,
         stated_context=stated_context,
         partial=partial,

@@ -25,7 +25,7 @@ _STEP = 4
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
-    sizes = sizes_from_hf(fields.assuming({"tie_word_embeddings": True}), default_theta=2_000_000.0)
+    sizes = sizes_from_hf(fields.assuming({"tie_word_embeddings": True, "rope_theta": 2_000_000.0}))
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         fields.require(key, False)
     step = fields.integer("no_rope_layer_interval", _STEP)
