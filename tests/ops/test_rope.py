@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from dapji.models.families import config_from_hf
 from dapji.ops.rope import RopeConfig, rope_frequencies, rope_table
 
+PUBLISHED = Path(__file__).parent.parent / "models" / "published"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -60,6 +64,26 @@ def test_tables_are_those_of_transformers(theta: float, head_dim: int, context: 
     assert table.dim == head_dim
     np.testing.assert_allclose(table.cos, cos[0, :, : head_dim // 2].numpy(), rtol=0, atol=1e-6)
     np.testing.assert_allclose(table.sin, sin[0, :, : head_dim // 2].numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["phi-3.5-mini-instruct", "phi-4-mini-instruct"])
+@pytest.mark.parametrize("context", [4096, 4097, 131_072])
+def test_longrope_tables_are_those_of_transformers(name: str, context: int) -> None:
+    """The same in a context of the original length, and beyond it."""
+    config_json = json.loads((PUBLISHED / f"{name}.json").read_text())
+    rope = config_from_hf(config_json).layers[0].attention.rope
+    assert rope is not None
+    module = Phi3RotaryEmbedding(transformers.Phi3Config(**config_json))
+    positions = torch.arange(context)[None]
+    module(torch.zeros(1), positions)
+    frequencies = rope_frequencies(rope, context)
+    np.testing.assert_allclose(frequencies, module.inv_freq.numpy(), rtol=5e-7)
+
+    module.original_inv_freq = module.long_inv_freq = torch.tensor(frequencies)
+    cos, sin = module(torch.zeros(1), positions)
+    table = rope_table(rope, context)
+    np.testing.assert_allclose(table.cos, cos[0, :, : table.dim // 2].numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(table.sin, sin[0, :, : table.dim // 2].numpy(), rtol=0, atol=1e-6)
 
 
 def test_frequency_factors_divide() -> None:
