@@ -21,6 +21,7 @@ from dapji.models.executor import open_executor
 from dapji.ops.batch import Batch
 from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
+from dapji.weights.convert import write_folder
 from dapji.weights.files import TensorToWrite
 from dapji.weights.safetensors import write_safetensors
 
@@ -110,6 +111,7 @@ def test_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
             "interleave_moe_layer_step": 2,
             "attention_chunk_size": 24,
             "max_position_embeddings": 512,
+            "eos_token_id": [7, 8],
         },
         vision_config={
             "hidden_size": 32,
@@ -137,6 +139,12 @@ def test_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
     assert written["model_type"] == "llama4_text"
     for name, tensor in named.items():
         np.testing.assert_array_equal(tensor.data, checkpoint.tensors[f"language_model.{name}"].data)
+    write_folder(checkpoint, tmp_path / "text", "F32")
+    text_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    assert type(text_model) is transformers.Llama4ForCausalLM
+    assert text_model.config.eos_token_id == [7, 8]
+    with torch.no_grad():
+        np.testing.assert_array_equal(text_model(torch.tensor([text()]), use_cache=False).logits[0].numpy(), want)
     with pytest.raises(ConfigError, match="tie_word_embeddings = True is not supported, only False is"):
         families.from_hf({**checkpoint.metadata, "tie_word_embeddings": True}, checkpoint.tensors)
 

@@ -161,7 +161,9 @@ def write_folder(
         made: dict[str, object] = {}
         if source.kind == "huggingface":
             _copy_companions(source.path, folder)
-            token_ids = source.metadata
+            # where the text is a part of the model, the part says them
+            part = cast("Mapping[str, object]", source.metadata.get("text_config") or {})
+            token_ids: Mapping[str, object] = {**part, **source.metadata}
         else:
             if vocabulary.MODEL_KEY in source.metadata:
                 made = vocabulary.huggingface_files(source.metadata)
