@@ -5,19 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import DISTINCT, EXECUTORS, ORIGINAL, TEXT, VOCAB, opened, oracle_logits, text, translated
+from tiny_models import DISTINCT, EXECUTORS, ORIGINAL, TEXT, VOCAB, opened, oracle, oracle_logits, text, translated
 
 from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
+from dapji.models import families
 from dapji.models.executor import Executor, open_executor
 from dapji.models.torch_executor import TorchExecutor
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.reference import KvFormat
+from dapji.weights.checkpoint import open_checkpoint
 
 TOLERANCE = 1e-4
 """Absolute (2e-5 is what occurs), on logits up to 5: matrix products of other shapes sum in another order."""
@@ -234,3 +237,15 @@ def test_closing_may_be_repeated(kind: str) -> None:
     executor = opened(kind, config, tensors, context=ORIGINAL)
     executor.close()
     executor.close()
+
+
+@pytest.mark.parametrize("kind", ["native", "torch-cpu"])
+@pytest.mark.parametrize("name", ["mixtral", "llama-4-dense-layers", "phi3"])
+def test_weights_are_taken_as_they_lie_in_a_folder(name: str, kind: str, tmp_path: Path) -> None:
+    """Mapped, and where several foreign tensors are one weight or the other way round, joined, turned and cut when
+    asked for; `translated` has copied them."""
+    oracle(name).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    config, tensors = families.from_hf(checkpoint.metadata, checkpoint.tensors)
+    got = opened(kind, config, tensors, context=TEXT, kv="f32").step(Batch.single(text()))
+    np.testing.assert_allclose(got, oracle_logits(name), rtol=0, atol=TOLERANCE)

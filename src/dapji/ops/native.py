@@ -545,7 +545,10 @@ def _pack(matrices: Sequence[Tensor], places: Sequence[NDArray[np.uint8]], threa
     from concurrent.futures import ThreadPoolExecutor  # takes 4 ms, which a start from the cache can do without
 
     def pack(tensor: Tensor, place: NDArray[np.uint8]) -> None:
-        module().pack(tensor.format.name, tensor.rows, tensor.cols, tensor.stored, tensor.order, place)
+        stored, order = tensor.stored, tensor.order
+        if order is not None and len(stored) != tensor.rows:  # a part of what is stored
+            stored, order = stored[order], None
+        module().pack(tensor.format.name, tensor.rows, tensor.cols, stored, order, place)
         if tensor.release is not None:
             tensor.release()  # at once, so that a model never lies in memory twice
 
