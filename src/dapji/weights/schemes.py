@@ -40,7 +40,7 @@ class Scheme:
     better: str | None = None
     """What the layers chosen below get."""
     better_values: Callable[[Layer], bool] = lambda layer: False
-    """For attn_v."""
+    """For attn_v, and for attn_qkv, which has the values in it."""
     better_down: Callable[[Layer], bool] = lambda layer: False
     """For ffn_down, of experts too."""
 
@@ -118,7 +118,7 @@ def _choose_in_layer(part: str, layer: Layer, tensors: Mapping[str, Tensor], sch
             return "Q8_0"
         if part == "attn_output.weight" and chosen == "Q4_K":
             return "Q5_K"
-    values, down = part == "attn_v.weight", part.startswith("ffn_down")
+    values, down = part in ("attn_v.weight", "attn_qkv.weight"), part.startswith("ffn_down")
     if scheme.better and ((values and scheme.better_values(layer)) or (down and scheme.better_down(layer))):
         return scheme.better
     if chosen == "Q4_K" and values and _is_70b(tensors, layer[1]):
