@@ -9,6 +9,8 @@ speed: prompts of 512 tokens and answers of 64, beside what the machine allows. 
 AMX, without it, as on one that has AVX-512 VNNI alone. lengths: prompts of 128 to 8,192 tokens, the answer behind each,
 and the most memory that either program held. A model is a name of `dapji list`, such a name and a format
 ("smollm2-135m Q8_0": made by `dapji quantize`), "llama-3.1-8b" (random weights in its shape, 4.9 GB), or a GGUF file.
+Models of experts are random too, and cut to a few layers and 4,096 tokens: "qwen3-30b-a3b", "mixtral-8x7b" and
+"llama-4-scout", 0.7 to 1.6 GB.
 What is made lies in build/models and may be deleted.
 
 The two run in turn, each in a process of its own, so that whatever else the machine does hits both; medians are
@@ -36,11 +38,21 @@ from dapji.evaluation.machine import describe_machine
 from dapji.evaluation.speed import Work
 from dapji.model import open_files
 from dapji.weights import store
-from random_model import llama_8b, write_random
+from random_model import cut, llama_8b, write_random
 
 FORMATS = ["Q4_0", "Q8_0", "Q4_K_M", "Q6_K"]
 RANDOM = "llama-3.1-8b"
-SPEED = ["smollm2-135m", *(f"smollm2-135m {f}" for f in FORMATS), "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", RANDOM]
+PUBLISHED = peer.ROOT / "tests" / "models" / "published"
+EXPERTS = {
+    "qwen3-30b-a3b": (PUBLISHED / "qwen3-30b-a3b.json", 4),
+    "mixtral-8x7b": (PUBLISHED / "mixtral-8x7b-v0.1.json", 2),
+    "llama-4-scout": (PUBLISHED / "llama-4-scout-text.json", 1),
+}
+"""config.json, and how many of its layers."""
+SPEED = [
+    "smollm2-135m", *(f"smollm2-135m {f}" for f in FORMATS), "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", RANDOM,
+    *EXPERTS,
+]  # fmt: skip
 LENGTHS_OF = ["smollm2-135m", "qwen2.5-coder-0.5b"]
 LENGTHS = [128, 512, 2048, 4096, 8192]
 PROMPT, DECODE = 512, 64
@@ -58,7 +70,7 @@ Results = dict[str, Any]
 def find_model(name: str) -> Path:
     """Its GGUF file, made where it can be. Raises ModelNotFound."""
     base, _, format = name.partition(" ")
-    if name != RANDOM and format not in FORMATS:
+    if name != RANDOM and name not in EXPERTS and format not in FORMATS:
         return store.resolve(name)
     path = MODELS / f"{name.replace(' ', '-')}.gguf"
     if not path.exists():
@@ -66,6 +78,9 @@ def find_model(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == RANDOM:
             write_random(path, llama_8b())
+        elif name in EXPERTS:
+            config, n_layers = EXPERTS[name]
+            write_random(path, cut(config, n_layers, 4096))
         else:
             command = [sys.executable, "-m", "dapji", "quantize", "--allow-requantize", base, format, str(path)]
             subprocess.run(command, check=True, stdout=sys.stderr)

@@ -1,16 +1,20 @@
 """Random weights in a model's true shape: as fast, or as slow, as the model itself, and made without it.
 
     python benchmarks/random_model.py build/llama-3.1-8b-random.gguf      4.9 GB, quantised as Q4_K_M
+    python benchmarks/random_model.py build/experts.gguf --config config.json --layers 4 --vocabulary 4096
 
-Of each format one sample of normal numbers is quantised; the matrices are random picks of its blocks. So codes and
-scales are those of a real matrix, and no more memory is needed than for one matrix.
+Models larger than the machine may be cut: a few of their layers tell what all of them take, since layers are alike. Of
+each format one sample of normal numbers is quantised; the matrices are random picks of its blocks. So codes and scales
+are those of a real matrix, and no more memory is needed than for one matrix.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +61,12 @@ def llama_8b(n_layers: int = 32, vocab_size: int = 128256) -> ModelConfig:
     )
 
 
+def cut(config_json: Path, n_layers: int | None, vocab_size: int | None) -> ModelConfig:
+    """The first layers of a model of Hugging Face, with a smaller vocabulary; None: all."""
+    config = families.config_from_hf(json.loads(config_json.read_text()))
+    return replace(config, layers=config.layers[:n_layers], vocab_size=vocab_size or config.vocab_size, predictors=())
+
+
 def write_random(path: Path, config: ModelConfig, scheme: str = "Q4_K_M", seed: int = 0) -> None:
     """Write the model as GGUF, with a vocabulary of single bytes and unused tokens. No BOS, no end."""
     empty = {name: _unfilled(name, shape) for name, shape in weight_shapes(config).items()}
@@ -74,8 +84,13 @@ def write_random(path: Path, config: ModelConfig, scheme: str = "Q4_K_M", seed: 
 
     def write(name: str) -> TensorToWrite:
         tensor, format = named[name], formats[name]
-        if len(tensor.shape) == 1:  # norms, and the factors of the rope
-            values = np.ones(tensor.shape, dtype=np.float32) if name.endswith("norm.weight") else tensor.float32()
+        if len(tensor.shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+            if name.endswith("norm.weight"):
+                values = np.ones(tensor.shape, dtype=np.float32)
+            elif len(tensor.shape) > 1:  # of a router: logits that tell experts apart
+                values = rng.standard_normal(tensor.shape, dtype=np.float32) / np.float32(np.sqrt(tensor.cols))
+            else:  # the factors of the rope
+                values = tensor.float32()
             return TensorToWrite.of(name, Tensor.from_float32(name, values))
 
         def chunks() -> Iterator[Bytes]:
@@ -101,7 +116,7 @@ def write_random(path: Path, config: ModelConfig, scheme: str = "Q4_K_M", seed: 
 
 def _unfilled(name: str, shape: tuple[int, ...]) -> Tensor:
     """A shape without memory: one zero, repeated."""
-    format = FORMATS["F32" if len(shape) == 1 else "Q4_0"]  # any format
+    format = FORMATS["F32" if len(shape) == 1 or name.endswith("router") else "Q4_0"]  # any format
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     data = np.broadcast_to(np.zeros(1, dtype=np.uint8), (rows, format.row_bytes(shape[-1])))
     return Tensor(name=name, format=format, shape=shape, source=data)
@@ -110,9 +125,13 @@ def _unfilled(name: str, shape: tuple[int, ...]) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
+    parser.add_argument("--config", type=Path, help="config.json of another model than Llama 3.1 8B")
+    parser.add_argument("--layers", type=int, help="the first layers alone")
+    parser.add_argument("--vocabulary", type=int, help="so many tokens")
     arguments = parser.parse_args()
+    config = arguments.config
     arguments.path.parent.mkdir(parents=True, exist_ok=True)
-    write_random(arguments.path, llama_8b())
+    write_random(arguments.path, llama_8b() if config is None else cut(config, arguments.layers, arguments.vocabulary))
 
 
 if __name__ == "__main__":
