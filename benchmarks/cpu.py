@@ -9,9 +9,8 @@ speed: prompts of 512 tokens and answers of 64, beside what the machine allows. 
 AMX, without it, as on one that has AVX-512 VNNI alone. lengths: prompts of 128 to 8,192 tokens, the answer behind each,
 and the most memory that either program held. A model is a name of `dapji list`, such a name and a format
 ("smollm2-135m Q8_0": made by `dapji quantize`), "llama-3.1-8b" (random weights in its shape, 4.9 GB), or a GGUF file.
-Models of experts are random too, and cut to a few layers and 4,096 tokens: "qwen3-30b-a3b", "mixtral-8x7b" and
-"llama-4-scout", 0.7 to 1.6 GB.
-What is made lies in build/models and may be deleted.
+Models of experts are random too, and cut to a few layers and 4,096 tokens: "qwen3-30b-a3b" (1.5 GB), "mixtral-8x7b"
+(1.8) and "llama-4-scout" (5.3). What is made lies in build/models and may be deleted.
 
 The two run in turn, each in a process of its own, so that whatever else the machine does hits both; medians are
 compared. Results are kept in benchmarks/data/cpu.json, and written into docs/performance.md from there. Without the
@@ -46,7 +45,7 @@ PUBLISHED = peer.ROOT / "tests" / "models" / "published"
 EXPERTS = {
     "qwen3-30b-a3b": (PUBLISHED / "qwen3-30b-a3b.json", 4),
     "mixtral-8x7b": (PUBLISHED / "mixtral-8x7b-v0.1.json", 2),
-    "llama-4-scout": (PUBLISHED / "llama-4-scout-text.json", 1),
+    "llama-4-scout": (PUBLISHED / "llama-4-scout-text.json", 4),
 }
 """config.json, and how many of its layers."""
 SPEED = [

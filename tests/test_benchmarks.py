@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 import dapji
-from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from dapji.models.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from dapji.ops.rope import RopeConfig
-from random_model import write_random
+from random_model import cut, write_random
 from report import replace_section, table
 
 
@@ -37,6 +38,21 @@ def test_a_random_model_is_whole_and_has_weights_of_the_usual_size(tmp_path: Pat
         assert len(model.complete("abc", max_tokens=4, temperature=0).tokens) <= 4
         logits = model.engine.score([1, 2, 3])
     assert np.isfinite(logits).all()
+
+
+def test_a_cut_model_has_the_first_layers_of_a_published_one(tmp_path: Path) -> None:
+    config = cut(Path(__file__).parent / "models" / "published" / "qwen3-30b-a3b.json", 1, 300)
+    assert (config.n_layers, config.vocab_size, config.dim) == (1, 300, 2048)
+    routed = config.layers[0].feed_forward
+    assert isinstance(routed, ExpertsConfig)
+    small = replace(routed, hidden_dim=256, routing=replace(routed.routing, n_experts=16))
+    config = replace(config, dim=256, layers=(replace(config.layers[0], feed_forward=small),))
+    path = tmp_path / "experts.gguf"
+    write_random(path, config)
+    router = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_gate_inp.weight")
+    assert router.data.std() == pytest.approx(256**-0.5, rel=0.05)
+    with dapji.load(path) as model:
+        assert np.isfinite(model.engine.score([1, 2, 3])).all()
 
 
 def test_a_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:

@@ -73,6 +73,12 @@ class Tensor:
         format, since blocks lie in rows."""
         shape = self.shape if len(index) == self.rows else (len(index), self.cols)
         order = index if self.order is None else self.order[index]
+        if self.parts:
+            ends = np.cumsum([part.rows for part in self.parts])
+            first, last = np.searchsorted(ends, [order.min(), order.max()], side="right")
+            if first == last:  # of one part: the others need not be made
+                part: Tensor = self.parts[int(first)]
+                return part.take_rows(order - (ends[first] - part.rows), name or self.name).reshape(*shape)
         return replace(self, name=name or self.name, shape=shape, order=order)
 
     def pieces(self) -> Iterator[Tensor]:
