@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from llama_cpp import LlamaCpp
+from test_llama_cpp import write
 from tiny_models import TEXT, VOCAB, oracle_logits, text, translated
 
 from dapji.errors import ConfigError
@@ -163,3 +165,46 @@ def test_twice_round_is_the_same_file(name: str, tmp_path: Path) -> None:
         config, tensors = families.from_hf(checkpoint.metadata, checkpoint.tensors)
     for file in ("config.json", "model.safetensors"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_llama_4_beyond_its_chunk(tmp_path: Path) -> None:
+    """At the published thresholds: the second chunk and the first step of temperature begin at 8,192 tokens, natively
+    and in llama.cpp, which reads neither from the file."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=16_384,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tokens = text(8400)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+        want = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    own, tensors = families.from_hf(checkpoint.metadata, checkpoint.tensors)
+    got = open_executor("native", own, tensors, context=len(tokens), kv="f32").step(Batch.single(tokens))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)  # 2e-5 is what occurs
+    for mechanism in ("chunk", "temperature"):
+        plain = replace(own, layers=tuple(attending(**{mechanism: None})(layer) for layer in own.layers))
+        other = open_executor("native", plain, tensors, context=len(tokens), kv="f32").step(Batch.single(tokens))
+        assert np.abs(other - want)[:8191].max() < 2e-4
+        assert np.abs(other - want)[8191:].max() > 1
+
+    write(tmp_path / "model.gguf", own, tensors)
+    lengths = [4000, 8191, 8192, 8193, 8400]
+    llama_cpp = LlamaCpp()
+    theirs = llama_cpp.log_probabilities(tmp_path / "model.gguf", [tokens[:n] for n in lengths], VOCAB)
+    llama_cpp.close()
+    rows = want[[n - 1 for n in lengths]].astype(np.float64)
+    np.testing.assert_allclose(theirs, rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)), rtol=0, atol=2e-3)
