@@ -352,15 +352,16 @@ Results read(Isa isa) {
   return results;
 }
 
-// ---- a small model: one layer, a weight of every other kind ----
+// ---- a small model: one layer and experts, a weight of every other kind ----
 
 Results program(Isa isa, int threads) {
   Random random;
   constexpr int vocab = 50, context = 320, heads = 4, kv_heads = 2, head_dim = 16, hidden = 256, blocks = 24;
+  constexpr int n_experts = 6;
   constexpr int dim = heads * head_dim, kv_dim = kv_heads * head_dim;
   Program program(isa, threads, context, vocab, KvFormat::q8, {{kv_heads, head_dim}}, blocks,
-                  {dim, dim, kv_dim, kv_dim, dim, hidden});
-  enum Buffer { x, q, k, v, mixed, gated };
+                  {dim, dim, kv_dim, kv_dim, dim, hidden, dim, n_experts});
+  enum Buffer { x, q, k, v, mixed, gated, taken, router };
   using Kind = Epilogue::Kind;
   const auto product = [&](Format format, int rows, int cols, int output, Kind kind = Kind::store, bool biased = false) {
     return Product{random_panels(format, rows, cols, random),
@@ -380,8 +381,24 @@ Results program(Isa isa, int threads) {
                      {product(Format::Q4_1, hidden, dim, gated),
                       product(Format::Q8_0, hidden, dim, gated, Kind::gate)});
   program.add_linear(gated, std::nullopt, {product(Format::Q6_K, dim, hidden, x, Kind::add)});
+  program.add_norm(x, norm, taken, false);
+  program.add_linear(taken, std::nullopt, {product(Format::F32, n_experts, dim, router)});
+  const auto experts = [&](Format format, int rows, int cols) {
+    std::vector<std::shared_ptr<const Panels>> all;
+    for (int i = 0; i < n_experts; ++i) all.push_back(random_panels(format, rows, cols, random));
+    return all;
+  };
+  ExpertMatrices matrices{experts(Format::Q4_0, hidden, dim), experts(Format::BF16, hidden, dim),
+                          experts(Format::Q4_K, dim, hidden)};
+  program.add_experts(taken, router, x, matrices, Activation::silu,
+                      {n_experts, 2, /*sigmoid*/ true, 3, 2, /*top2*/ true, /*normalized*/ true, 2.5f, false},
+                      random.reals(n_experts));
+  program.add_experts(taken, router, x, std::move(matrices), Activation::gelu_tanh,
+                      {n_experts, 3, /*sigmoid*/ false, 1, 1, false, false, 1.0f, /*weighs_input*/ true}, {});
+  program.add_norm(taken, norm, x, true);
   program.add_select({x});
   program.add_linear(x, norm, {product(Format::Q8_0, vocab, dim, Program::kLogits)});
+  program.add_softcap(3.0f);
 
   // Two sequences: a prompt of each, then a token of each, then a few of the first.
   Results results;
