@@ -17,6 +17,7 @@
 
 #include "isa.h"
 #include "kvcache.h"
+#include "kvtile.h"
 #include "rowops.h"
 
 namespace dapji {
@@ -50,10 +51,15 @@ struct AttentionItem {
   KvView kv;
   const float* q;      // first query row, first query head of this kv head; not yet transformed
   std::size_t stride;  // floats from query row to query row, in q and out
-  float* out;          // like q; null: leave the segments unmerged in `partials`
+  float* out;          // like q, may be q; null: leave the segments unmerged in `partials`
+  int value_dim;       // of a head in out, and in q
+  // Latent attention: the part of the queries that is rotated, [group, query.rope_dim] of each row. The other part is
+  // multiplied by the latents as it is.
+  const float* q_rope;  // null: this is none
+  std::size_t rope_stride;
   HeadTransform query;
   int n_rows;    // query rows, n_rows * group <= kMaxQueryRows
-  int group;     // query heads of this kv head, each Dh floats, side by side
+  int group;     // query heads of this kv head, side by side
   int position;  // of the first query row
   Reach reach;
   float scale;               // of the scores
@@ -66,77 +72,28 @@ struct AttentionItem {
 constexpr int kQueryPart = 64;      // dimensions that lie together of a transformed query
 constexpr int kMaxQueryRows = 168;  // query rows x heads that share one pass over K and V
 
-// Floats of one partial state: (max, sum) of each row, then acc [rows][Dp].
-DAPJI_INLINE std::size_t attention_partial_floats(int rows, int padded) {
-  return static_cast<std::size_t>(rows) * (2 + padded);
+DAPJI_INLINE int padded(int dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+// Floats of one partial state: (max, sum) of each row, then acc [rows][Dp], Dp = padded(value_dim).
+DAPJI_INLINE std::size_t attention_partial_floats(int rows, int value_dim) {
+  return static_cast<std::size_t>(rows) * (2 + padded(value_dim));
 }
 
 // Floats of a transformed query.
-DAPJI_INLINE std::size_t query_floats(int head_dim) {
-  return static_cast<std::size_t>(head_dim + kQueryPart - 1) / kQueryPart * kQueryPart;
+DAPJI_INLINE std::size_t query_floats(int key_dim) {
+  return static_cast<std::size_t>(key_dim + kQueryPart - 1) / kQueryPart * kQueryPart;
 }
 
 // Floats of scratch that one worker needs for heads of this size.
-inline std::size_t attention_scratch_floats(int head_dim, int padded) {
-  const std::size_t rows = kMaxQueryRows;
-  return rows * (query_floats(head_dim) + kKvSegment + 2 * static_cast<std::size_t>(padded) + 4) +
-         static_cast<std::size_t>(kKvTile) * padded;
+inline std::size_t attention_scratch_floats(int key_dim, int value_dim) {
+  const std::size_t rows = kMaxQueryRows, values = padded(value_dim), keys = padded(key_dim);
+  return rows * (query_floats(key_dim) + kKvSegment + 2 * values + 4) + kKvTile * (keys > values ? keys : values);
 }
-
-// A loop over registers: only without the loop do arrays live in them.
-#ifdef __clang__
-#define DAPJI_UNROLL _Pragma("unroll")
-#else
-#define DAPJI_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 template <class S>
 struct Attention {
   using F = typename S::F;
-
-  // ---- the cache's layout ----
-
-  // The key and value [Dh] of the token at `position` of one kv head into its tile; the key is transformed. A tile's
-  // first token clears the values of the others: what an earlier owner left there will be multiplied by probability 0,
-  // which is not 0 for an infinity. scratch: [2 Dh].
-  static void write_kv(const KvTile& tile, std::byte* data, int position, const float* k, const float* v,
-                       const HeadTransform& key, float* scratch) {
-    const int slot = position % kKvBlock;
-    if (slot == 0) std::memset(data + tile.v, 0, tile.bytes - tile.v);
-    RowOps<S>::transform(key, k, position, tile.head_dim, 1.0f, scratch, scratch + tile.head_dim);
-    const int n_panels = tile.padded / kLanes;
-    for (int panel = 0; panel < n_panels; ++panel) {
-      const int d = panel * kLanes;
-      const int n = tile.head_dim - d < kLanes ? tile.head_dim - d : kLanes;
-      const std::size_t k_at = static_cast<std::size_t>(d) * kKvBlock + slot;
-      const std::size_t v_at = static_cast<std::size_t>(d) * kKvBlock + static_cast<std::size_t>(slot) * kLanes;
-      const F key = S::load(scratch + d, n), value = S::load(v + d, n);
-      if (tile.format == KvFormat::f32) {
-        alignas(64) float column[kLanes];
-        S::store(column, key);
-        scatter(column, n, reinterpret_cast<float*>(data) + k_at);
-        S::store(reinterpret_cast<float*>(data + tile.v) + v_at, value);
-      } else if (tile.format == KvFormat::f16) {
-        alignas(64) std::uint16_t column[kLanes];
-        S::store_f16(column, key);
-        scatter(column, n, reinterpret_cast<std::uint16_t*>(data) + k_at);
-        S::store_f16(reinterpret_cast<std::uint16_t*>(data + tile.v) + v_at, value);
-      } else {
-        const int group = d / kKvGroup, in_group = group * kKvGroup;
-        float* k_scale = reinterpret_cast<float*>(data + tile.k_scale) + group * kKvBlock + slot;
-        float* v_scale = reinterpret_cast<float*>(data + tile.v_scale) + slot * tile.groups + group;
-        if (d == in_group) {
-          const int size = tile.head_dim - d < kKvGroup ? tile.head_dim - d : kKvGroup;
-          *k_scale = largest(scratch + d, size) / 127.0f;
-          *v_scale = largest(v + d, size) / 127.0f;
-        }
-        alignas(64) std::int8_t column[kLanes];
-        S::narrow_s8(column, codes(key, *k_scale));
-        scatter(column, n, reinterpret_cast<std::int8_t*>(data) + k_at);
-        S::narrow_s8(reinterpret_cast<std::int8_t*>(data + tile.v) + v_at, codes(value, *v_scale));
-      }
-    }
-  }
+  using Tiles = KvTiles<S>;
 
   // ---- one work item ----
 
@@ -144,29 +101,27 @@ struct Attention {
   static void attend(const AttentionItem& item, float* scratch) {
     switch (item.kv.tile->format) {
       case KvFormat::f32:
-        return attend<Float32>(item, scratch);
+        return attend<typename Tiles::Float32>(item, scratch);
       case KvFormat::f16:
-        return attend<Float16>(item, scratch);
+        return attend<typename Tiles::Float16>(item, scratch);
       case KvFormat::q8:
-        return attend<Codes8>(item, scratch);
+        return attend<typename Tiles::Codes8>(item, scratch);
     }
   }
 
-  // Merges the partial states of one query row, segments in order. partials: [n_segments] of
-  // attention_partial_floats(group, Dp); out: [group, Dh]; scratch: [Dp].
-  static void combine(const float* partials, int n_segments, int group, const KvTile& tile, float* out,
+  // Merges the partial states of one of n_rows rows, segments in order. partials: [n_segments] of
+  // attention_partial_floats(n_rows, value_dim); out: [value_dim]; scratch: [Dp].
+  static void combine(const float* partials, int n_segments, int n_rows, int row, int value_dim, float* out,
                       float* scratch) {
-    const std::size_t size = attention_partial_floats(group, tile.padded);
-    for (int row = 0; row < group; ++row) {
-      float total_max = kLowest, total_sum = 0;
-      std::memset(scratch, 0, sizeof(float) * tile.padded);
-      for (int segment = 0; segment < n_segments; ++segment) {
-        const float* partial = partials + segment * size;
-        merge(partial[row], partial[group + row], partial + group * 2 + static_cast<std::size_t>(row) * tile.padded,
-              tile.padded, total_max, total_sum, scratch);
-      }
-      finish(scratch, total_sum, tile.head_dim, out + static_cast<std::size_t>(row) * tile.head_dim);
+    const std::size_t size = attention_partial_floats(n_rows, value_dim), dim = padded(value_dim);
+    float total_max = kLowest, total_sum = 0;
+    std::memset(scratch, 0, sizeof(float) * dim);
+    for (int segment = 0; segment < n_segments; ++segment) {
+      const float* const partial = partials + segment * size;
+      merge(partial[row], partial[n_rows + row], partial + n_rows * 2 + row * dim, static_cast<int>(dim), total_max,
+            total_sum, scratch);
     }
+    finish(scratch, total_sum, value_dim, out);
   }
 
  private:
@@ -180,114 +135,6 @@ struct Attention {
   // Up to so many rows multiply the cache as it lies, in one pass. For more it pays to unpack it first.
   static constexpr int kFewRows = kOneRegister ? 12 : kRows;
   static constexpr int vectors_beside(int rows) { return rows <= kRows ? kVectors : kVectors / 2; }
-
-  // ---- the cache's layout, reading ----
-
-  // The columns of one block that a product takes: [n] vectors, of the 16 tokens by dimension (keys), or of 16
-  // dimensions by token (values).
-  struct Floats {
-    const float* data;
-    std::size_t stride;
-    DAPJI_INLINE F operator[](int i) const { return S::load(data + i * stride); }
-  };
-  struct Halves {
-    const std::uint16_t* data;
-    DAPJI_INLINE F operator[](int i) const { return S::load_f16(data + i * kLanes); }
-  };
-  struct KeyCodes {
-    const std::int8_t* data;
-    const float* scales;  // [G][16]
-    DAPJI_INLINE F operator[](int i) const {
-      return S::mul(S::to_float(S::widen_s8(data + i * kLanes)), S::load(scales + i / kKvGroup * kKvBlock));
-    }
-  };
-  struct ValueCodes {
-    const std::int8_t* data;
-    const float* scales;  // [16][G], from these dimensions' group on
-    int groups;
-    DAPJI_INLINE F operator[](int i) const {
-      return S::mul(S::to_float(S::widen_s8(data + i * kLanes)), S::set(scales[i * groups]));
-    }
-  };
-
-  // Into the second-level cache: what is fetched ahead, some 32 KB, would fill the first.
-  static DAPJI_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
-
-  // Columns that, at the same pace, fetch what is read later: as many vectors from the vector `first` on.
-  template <class Columns>
-  struct Fetching {
-    Columns columns;
-    const std::byte* later;
-    int first;
-    DAPJI_INLINE F operator[](int i) const {
-      prefetch(later + (first + i) * (sizeof(*columns.data) * kLanes));
-      return columns[i];
-    }
-  };
-
-  // Of one block's tile: the keys from dimension d on, the values of a panel of 16 dimensions.
-  struct Float32 {
-    using Keys = Floats;
-    using Values = Floats;
-    static DAPJI_INLINE Keys keys(const KvTile&, const std::byte* data, int d) {
-      return {as<float>(data) + d * kKvBlock, kKvBlock};
-    }
-    static DAPJI_INLINE Values values(const KvTile& tile, const std::byte* data, int panel) {
-      return {as<float>(data + tile.v) + panel * kKvBlock * kLanes, kLanes};
-    }
-  };
-  struct Float16 {
-    using Keys = Halves;
-    using Values = Halves;
-    static DAPJI_INLINE Keys keys(const KvTile&, const std::byte* data, int d) {
-      return {as<std::uint16_t>(data) + d * kKvBlock};
-    }
-    static DAPJI_INLINE Values values(const KvTile& tile, const std::byte* data, int panel) {
-      return {as<std::uint16_t>(data + tile.v) + panel * kKvBlock * kLanes};
-    }
-  };
-  struct Codes8 {
-    using Keys = KeyCodes;
-    using Values = ValueCodes;
-    static DAPJI_INLINE Keys keys(const KvTile& tile, const std::byte* data, int d) {
-      return {as<std::int8_t>(data) + d * kKvBlock, as<float>(data + tile.k_scale) + d / kKvGroup * kKvBlock};
-    }
-    static DAPJI_INLINE Values values(const KvTile& tile, const std::byte* data, int panel) {
-      return {as<std::int8_t>(data + tile.v) + panel * kKvBlock * kLanes,
-              as<float>(data + tile.v_scale) + panel * kLanes / kKvGroup, tile.groups};
-    }
-  };
-
-  template <class T>
-  static DAPJI_INLINE const T* as(const std::byte* data) {
-    return reinterpret_cast<const T*>(data);
-  }
-
-  template <class Columns>
-  static DAPJI_INLINE void unpack(const Columns& columns, int n, float* into, std::size_t stride) {
-    for (int i = 0; i < n; ++i) S::store(into + i * stride, columns[i]);
-  }
-
-  // ---- and writing ----
-
-  template <class T>
-  DAPJI_INLINE static void scatter(const T* column, int n, T* into) {
-    for (int d = 0; d < n; ++d) into[d * kKvBlock] = column[d];
-  }
-
-  DAPJI_INLINE static float largest(const float* x, int n) {
-    float most = 0;
-    for (int d = 0; d < n; ++d) {
-      const float size = x[d] < 0 ? -x[d] : x[d];
-      most = size > most || size != size ? size : most;
-    }
-    return most;
-  }
-
-  // An infinity or a NaN is in the scale, which makes every value NaN; what is below normal numbers counts as zero.
-  DAPJI_INLINE static typename S::I codes(F x, float scale) {
-    return __builtin_isnormal(scale) ? S::to_int(S::mul(x, S::set(1.0f / scale))) : S::set_int(0);
-  }
 
   // ---- the softmax ----
 
@@ -349,10 +196,10 @@ struct Attention {
     }
   }
 
-  static DAPJI_INLINE void finish(const float* total, float sum, int head_dim, float* out) {
+  static DAPJI_INLINE void finish(const float* total, float sum, int value_dim, float* out) {
     const F divisor = S::set(sum);
-    for (int d = 0; d < head_dim; d += kLanes) {
-      const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
+    for (int d = 0; d < value_dim; d += kLanes) {
+      const int n = value_dim - d < kLanes ? value_dim - d : kLanes;
       S::store(out + d, S::div(S::load(total + d), divisor), n);
     }
   }
@@ -433,15 +280,15 @@ struct Attention {
     float* total_sum;  // [rows]
     float* q;          // [Dh / kQueryPart][kMaxQueryRows][kQueryPart] transformed and scaled
     int rows;
+    int padded;  // Dp
 
-    State(float* scratch, int n_rows, const KvTile& tile) : rows(n_rows) {
+    State(float* scratch, int n_rows, int key_dim, int value_dim) : rows(n_rows), padded(dapji::padded(value_dim)) {
       const auto take = [&](std::size_t n) {
         float* start = scratch;
         scratch += n;
         return start;
       };
-      const std::size_t padded = tile.padded, most = kMaxQueryRows;
-      unpacked = take(kKvTile * padded);
+      const std::size_t most = kMaxQueryRows;
       scores = take(most * kKvSegment);
       acc = take(most * padded);
       total = take(most * padded);
@@ -449,7 +296,8 @@ struct Attention {
       sum = take(most);
       total_max = take(most);
       total_sum = take(most);
-      q = take(most * query_floats(tile.head_dim));
+      q = take(most * query_floats(key_dim));
+      unpacked = scratch;
     }
   };
 
@@ -503,22 +351,30 @@ struct Attention {
   static void attend(const AttentionItem& item, float* scratch) {
     const KvTile& tile = *item.kv.tile;
     const int rows = item.n_rows * item.group;
-    const std::size_t dim = tile.head_dim, padded = tile.padded;
-    const State state(scratch, rows, tile);
+    const std::size_t dim = tile.head_dim, value_dim = item.value_dim;
+    const State state(scratch, rows, tile.head_dim, item.value_dim);
+    const std::size_t padded = state.padded;
 
     for (int row = 0; row < rows; ++row) {
       const int position = item.position + row / item.group;
       const float scale = item.scale * kLog2E * (item.temperature == nullptr ? 1.0f : item.temperature[position]);
       float* const query = state.scores;
-      RowOps<S>::transform(item.query, item.q + row / item.group * item.stride + row % item.group * dim, position,
-                           tile.head_dim, scale, query, query + query_floats(tile.head_dim));
+      const std::size_t token = row / item.group, head = row % item.group;
+      const float* const q = item.q + token * item.stride + head * value_dim;
+      if (item.q_rope == nullptr) {
+        RowOps<S>::transform(item.query, q, position, tile.head_dim, scale, query, query + query_floats(tile.head_dim));
+      } else {
+        RowOps<S>::rotate(q, nullptr, nullptr, 0, item.value_dim, scale, query);
+        RowOps<S>::transform(item.query, item.q_rope + token * item.rope_stride + head * item.query.rope_dim, position,
+                             item.query.rope_dim, scale, query + value_dim, nullptr);
+      }
       for (std::size_t d = 0; d < dim; d += kQueryPart) {
         std::memcpy(state.q + d * kMaxQueryRows + row * kQueryPart, query + d, sizeof(float) * kQueryPart);
       }
     }
 
-    const auto attend_segment =
-        rows <= kFewRows ? Attention::attend_segment<Format, true> : Attention::attend_segment<Format, false>;
+    const bool few = rows <= kFewRows && !tile.shared;
+    const auto attend_segment = few ? Attention::attend_segment<Format, true> : Attention::attend_segment<Format, false>;
     if (item.out == nullptr) {
       float* partial = item.partials;
       for (int segment = item.segment; segment < item.end_segment; ++segment) {
@@ -526,7 +382,7 @@ struct Attention {
         std::memcpy(partial, state.max, sizeof(float) * rows);
         std::memcpy(partial + rows, state.sum, sizeof(float) * rows);
         std::memcpy(partial + 2 * rows, state.acc, sizeof(float) * rows * padded);
-        partial += attention_partial_floats(rows, tile.padded);
+        partial += attention_partial_floats(rows, item.value_dim);
       }
       return;
     }
@@ -538,13 +394,13 @@ struct Attention {
     for (int segment = item.segment; segment < item.end_segment; ++segment) {
       attend_segment(item, segment, state);
       for (int row = 0; row < rows; ++row) {
-        merge(state.max[row], state.sum[row], state.acc + row * padded, tile.padded, state.total_max[row],
+        merge(state.max[row], state.sum[row], state.acc + row * padded, state.padded, state.total_max[row],
               state.total_sum[row], state.total + row * padded);
       }
     }
     for (int row = 0; row < rows; ++row) {
-      finish(state.total + row * padded, state.total_sum[row], tile.head_dim,
-             item.out + row / item.group * item.stride + row % item.group * dim);
+      finish(state.total + row * padded, state.total_sum[row], item.value_dim,
+             item.out + row / item.group * item.stride + row % item.group * value_dim);
     }
   }
 
@@ -555,7 +411,7 @@ struct Attention {
   static void attend_segment(const AttentionItem& item, int segment, const State& state) {
     constexpr int kMost = kFew ? kFewRows : kRows;
     const KvTile& tile = *item.kv.tile;
-    const int rows = state.rows, dim = tile.head_dim, padded = tile.padded;
+    const int rows = state.rows, dim = tile.head_dim, padded = state.padded;
     const std::int32_t* const table = item.kv.table + segment * kSegmentBlocks;
     const auto block = [&](int b) { return item.kv.head + table[b] * item.kv.block_stride; };
     const int end = Blocks{0, (item.position + item.n_rows - 1) / kKvBlock + 1}
@@ -567,18 +423,25 @@ struct Attention {
         work(all.within({b, b + kTileBlocks}));
       }
     };
+    const std::size_t key_bytes = tile.shared ? tile.bytes : tile.v;
     // Of the `bytes` at data(block), the part that falls to n rows.
     const auto fetch = [&](Blocks some, const auto& data, std::size_t bytes, int row, int n) {
       const int lines = static_cast<int>(bytes / 64), from = lines * row / rows, to = lines * (row + n) / rows;
       for (int b = some.from; b < some.to; ++b) {
-        for (int i = from; i < to; ++i) prefetch(data(b) + i * 64);
+        for (int i = from; i < to; ++i) Tiles::prefetch(data(b) + i * 64);
       }
     };
 
     for_tiles([&](Blocks some) {
       const auto unpacked = [&](int b) { return state.unpacked + (b - some.from) * kKvBlock; };  // [Dh][kKvTile]
       if constexpr (!kFew) {
-        for (int b = some.from; b < some.to; ++b) unpack(Format::keys(tile, block(b), 0), dim, unpacked(b), kKvTile);
+        for (int b = some.from; b < some.to; ++b) {
+          if (tile.shared) {
+            Tiles::template unpack_shared_keys<Format>(tile, block(b), unpacked(b), kKvTile);
+          } else {
+            Tiles::unpack(Format::keys(tile, block(b), 0), dim, unpacked(b), kKvTile);
+          }
+        }
       }
       for_rows<kMost>(0, rows, [&](auto n, int row) {
         const Blocks mine = seen(item, segment, row, n).within(some);
@@ -587,9 +450,10 @@ struct Attention {
           const auto keys = [&](int part, int i) {
             const int b = first + i, d = part * kQueryPart;
             if constexpr (kFew) {
-              return Fetching<typename Format::Keys>{Format::keys(tile, block(b), d), block(b) + tile.v, d};
+              using Columns = typename Tiles::template Fetching<typename Format::Keys>;
+              return Columns{Format::keys(tile, block(b), d), block(b) + tile.v, d};
             } else {
-              return Floats{unpacked(b) + d * kKvTile, kKvTile};
+              return typename Tiles::Floats{unpacked(b) + d * kKvTile, kKvTile};
             }
           };
           multiply<n, n_blocks, kQueries>(state.q + row * kQueryPart, dim, keys, false, scores + first * kKvBlock,
@@ -599,7 +463,9 @@ struct Attention {
         for (int b = mine.from; b < mine.to; ++b) {
           mask(item, (segment * kSegmentBlocks + b) * kKvBlock, row, n, scores + b * kKvBlock);
         }
-        if constexpr (!kFew) fetch(some, [&](int b) { return block(b) + tile.v; }, tile.bytes - tile.v, row, n);
+        if constexpr (!kFew) {  // where values are keys they are here
+          if (!tile.shared) fetch(some, [&](int b) { return block(b) + tile.v; }, tile.bytes - tile.v, row, n);
+        }
       });
     });
 
@@ -616,7 +482,7 @@ struct Attention {
       if constexpr (!kFew) {
         for (int b = some.from; b < some.to; ++b) {
           for (int panel = 0; panel < padded / kLanes; ++panel) {
-            unpack(Format::values(tile, block(b), panel), kKvBlock, unpacked(b, panel), padded);
+            Tiles::unpack(Format::values(tile, block(b), panel), kKvBlock, unpacked(b, panel), padded);
           }
         }
       }
@@ -627,17 +493,17 @@ struct Attention {
           const auto values = [&](int i, int v) {
             const int b = mine.from + i;
             if constexpr (kFew) {
-              return Fetching<typename Format::Values>{Format::values(tile, block(b), panel + v), next(b),
-                                                       (panel + v) * kKvBlock};
+              using Columns = typename Tiles::template Fetching<typename Format::Values>;
+              return Columns{Format::values(tile, block(b), panel + v), next(b), (panel + v) * kKvBlock};
             } else {
-              return Floats{unpacked(b, panel + v), static_cast<std::size_t>(padded)};
+              return typename Tiles::Floats{unpacked(b, panel + v), static_cast<std::size_t>(padded)};
             }
           };
           multiply<n, n_vectors, kProbabilities>(state.scores + row * kKvSegment + mine.from * kKvBlock,
                                                  (mine.to - mine.from) * kKvBlock, values, mine.from > visible.from,
                                                  state.acc + row * padded + panel * kLanes, padded);
         });
-        if constexpr (!kFew) fetch(some, next, tile.v, row, n);
+        if constexpr (!kFew) fetch(some, next, key_bytes, row, n);
       });
     });
   }
@@ -653,14 +519,18 @@ struct RowKernels {
                        std::int64_t n, float* x);
   void (*write_kv)(const KvTile& tile, std::byte* data, int position, const float* k, const float* v,
                    const HeadTransform& key, float* scratch);
+  void (*write_latent)(const KvTile& tile, std::byte* data, int position, const float* latent, const float* k_rope,
+                       const HeadTransform& key, float* scratch);
   void (*attend)(const AttentionItem& item, float* scratch);
-  void (*combine)(const float* partials, int n_segments, int group, const KvTile& tile, float* out, float* scratch);
+  void (*combine)(const float* partials, int n_segments, int n_rows, int row, int value_dim, float* out,
+                  float* scratch);
 };
 
 template <class S>
 constexpr RowKernels row_kernels() {
   return {RowOps<S>::template norm<false>, RowOps<S>::template norm<true>, RowOps<S>::softcap, RowOps<S>::scores,
-          RowOps<S>::add_weighted, Attention<S>::write_kv, Attention<S>::attend, Attention<S>::combine};
+          RowOps<S>::add_weighted, KvTiles<S>::write_kv, KvTiles<S>::write_latent, Attention<S>::attend,
+          Attention<S>::combine};
 }
 
 }  // namespace dapji

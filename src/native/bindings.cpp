@@ -267,9 +267,11 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Program* self, const std::string& isa, int threads, int context, int vocab, const std::string& kv,
-             const std::vector<std::pair<int, int>>& layers, int n_blocks, const std::vector<int>& widths) {
+             const std::vector<std::tuple<int, int, int>>& layers, int n_blocks, const std::vector<int>& widths) {
             std::vector<KvShape> shapes;
-            for (const auto& [n_kv_heads, head_dim] : layers) shapes.push_back({n_kv_heads, head_dim});
+            for (const auto& [n_kv_heads, key_dim, value_dim] : layers) {
+              shapes.push_back({n_kv_heads, key_dim, value_dim});
+            }
             new (self)
                 Program(parse_isa(isa.c_str()), threads, context, vocab, parse_kv(kv), shapes, n_blocks, widths);
           },
@@ -313,6 +315,20 @@ NB_MODULE(_native, m) {
       .def("add_experts", &add_experts, "input"_a, "logits"_a, "output"_a, "gate"_a, "up"_a, "down"_a, "activation"_a,
            "n_per_token"_a, "sigmoid"_a, "n_groups"_a, "n_groups_per_token"_a, "top2"_a, "normalized"_a, "scale"_a,
            "weighs_input"_a, "selection_bias"_a.none())
+      .def(
+          "add_head_linear",
+          [](Program& program, int input, const std::vector<std::shared_ptr<Panels>>& matrices, int output) {
+            program.add_head_linear(input, {matrices.begin(), matrices.end()}, output);
+          },
+          "input"_a, "matrices"_a, "output"_a)
+      .def(
+          "add_latent_attention",
+          [](Program& program, int q, int q_rope, int latent, int k_rope, int layer, int n_heads, int rope,
+             float scale, const NormTuple& norm) {
+            program.add_latent_attention(q, q_rope, latent, k_rope, layer, n_heads, rope, scale,
+                                         {copied(norm.first), norm.second});
+          },
+          "q"_a, "q_rope"_a, "latent"_a, "k_rope"_a, "layer"_a, "n_heads"_a, "rope"_a, "scale"_a, "norm"_a)
       .def("add_select", &Program::add_select, "buffers"_a)
       .def("add_softcap", &Program::add_softcap, "cap"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,

@@ -4,6 +4,7 @@
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 #include "memory.h"
 
@@ -14,16 +15,25 @@ std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit
 
 }  // namespace
 
-KvTile kv_tile(KvFormat format, int head_dim) {
+KvTile kv_tile(KvFormat format, const KvShape& shape) {
+  const int head_dim = shape.key_dim;
+  if (head_dim < 1 || shape.n_kv_heads < 1) throw std::invalid_argument("empty kv head");
+  if (shape.value_dim != 0 && shape.value_dim != head_dim) {
+    throw std::invalid_argument("keys of " + std::to_string(head_dim) + " beside values of " +
+                                std::to_string(shape.value_dim));
+  }
   const std::size_t value = format == KvFormat::f32 ? 4 : format == KvFormat::f16 ? 2 : 1;
   KvTile tile{};
   tile.format = format;
   tile.head_dim = head_dim;
   tile.padded = static_cast<int>(round_up(head_dim, 16));
+  tile.shared = shape.value_dim == 0;
   tile.groups = (head_dim + kKvGroup - 1) / kKvGroup;
   const std::size_t scales = format == KvFormat::q8 ? sizeof(float) * kKvBlock * tile.groups : 0;
-  tile.k_scale = value * head_dim * kKvBlock;
-  tile.v = round_up(tile.k_scale + scales, 64);
+  if (!tile.shared) {
+    tile.k_scale = value * head_dim * kKvBlock;
+    tile.v = round_up(tile.k_scale + scales, 64);
+  }
   tile.v_scale = tile.v + value * kKvBlock * tile.padded;
   tile.bytes = round_up(tile.v_scale + scales, 64);
   return tile;
@@ -34,8 +44,7 @@ KvCache::KvCache(KvFormat format, const std::vector<KvShape>& layers, int n_bloc
   // Head dimensions and counts are int, so a tile stays far below 2^40 bytes; the sums are checked.
   const std::size_t most = std::numeric_limits<std::size_t>::max() / 2 / n_blocks;
   for (const KvShape& shape : layers) {
-    if (shape.head_dim < 1 || shape.n_kv_heads < 1) throw std::invalid_argument("empty kv head");
-    const KvTile tile = kv_tile(format, shape.head_dim);
+    const KvTile tile = kv_tile(format, shape);
     layers_.push_back({tile, shape.n_kv_heads, block_bytes_});
     if (tile.bytes * shape.n_kv_heads > most - block_bytes_) throw std::bad_alloc();
     block_bytes_ += tile.bytes * shape.n_kv_heads;

@@ -4,6 +4,8 @@
 // A block holds, per layer and kv head, one "tile" laid out for attention.h:
 //   K  [Dh][16]   transposed: one vector of 16 tokens per dimension, so that 16 scores need no horizontal sum
 //   V  [Dp/16][16][16]  per 16 dimensions, 16 tokens of 16 values; Dp = Dh rounded up to 16, the padding zero
+// Latent attention has one vector per token, whose beginning is the value: it is stored once, as V is.
+//
 // In q8 the codes are int8 and the floats follow: K scales [G][16], V scales [16][G], G = ceil(Dh / 32): one scale per
 // token, kv head and 32 dimensions, because keys of models with a bias have outliers in single dimensions that would
 // cost a whole head its precision.
@@ -24,8 +26,9 @@ enum class KvFormat { f32, f16, q8 };
 // Where the parts of one tile lie, in bytes from its start.
 struct KvTile {
   KvFormat format;
-  int head_dim;         // Dh
+  int head_dim;         // Dh, of a key
   int padded;           // Dp
+  bool shared;          // no K: the values' vectors are the keys
   int groups;           // G
   std::size_t k_scale;  // q8 only
   std::size_t v;
@@ -33,12 +36,14 @@ struct KvTile {
   std::size_t bytes;    // a multiple of 64
 };
 
-KvTile kv_tile(KvFormat format, int head_dim);
-
 struct KvShape {
   int n_kv_heads;
-  int head_dim;
+  int key_dim;
+  int value_dim;  // key_dim, or 0: the values are the beginning of the keys
 };
+
+// Throws std::invalid_argument.
+KvTile kv_tile(KvFormat format, const KvShape& shape);
 
 class KvCache {
  public:

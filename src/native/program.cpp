@@ -31,8 +31,6 @@ void Scratch::reserve(std::size_t n_floats) {
 
 // ---- building ----
 
-void Program::refuse(const std::string& what) { throw std::invalid_argument(what); }
-
 Program::Program(Isa isa, int threads, int context, int vocab, KvFormat kv, const std::vector<KvShape>& layers,
                  int n_blocks, const std::vector<int>& widths)
     : kernels_(kernels(isa)),

@@ -112,6 +112,14 @@ class Program {
   // output += what the experts that `routing` chooses by `logits` [T, E] give for input. selection_bias: [E], or empty.
   void add_experts(int input, int logits, int output, ExpertMatrices matrices, Activation activation,
                    const Routing& routing, std::vector<float> selection_bias);
+  // output [T, n * rows] = by head h of n: matrices[h] [rows, cols] times part h of input [T, n * cols]. All of one format.
+  void add_head_linear(int input, std::vector<std::shared_ptr<const Panels>> matrices, int output);
+
+  // Latent attention: norms latent [T, latent_dim], rotates q_rope [T, n_heads * rope_dim] and k_rope [T, rope_dim] by
+  // table `rope`, writes latent and key to the cache of `layer`, attends. The queries q [T, n_heads * latent_dim] are
+  // multiplied by the latents as they are, and replaced by the latents that they attend to.
+  void add_latent_attention(int q, int q_rope, int latent, int k_rope, int layer, int n_heads, int rope, float scale,
+                            Norm norm);
 
   // Keeps of these buffers the batch's rows; what follows has R rows, and nothing else may be read any more.
   void add_select(std::vector<int> buffers);
@@ -168,8 +176,14 @@ class Program {
   };
   struct Attend {
     int q, k, v, output;
-    int n_kv_heads, head_dim;
+    int q_rope;  // latent attention: k is the latent, v the key that is rotated; -1: this is grouped attention
+    int n_kv_heads, key_dim, value_dim;
     AttentionSettings settings;
+    bool latent() const { return q_rope >= 0; }
+  };
+  struct HeadLinear {
+    int input, output;
+    std::vector<std::shared_ptr<const Panels>> matrices;
   };
   struct Experts {
     int input, logits, output;
@@ -188,7 +202,7 @@ class Program {
   struct Softcap {
     float cap;
   };
-  using Operation = std::variant<Embed, Normed, Linear, Attend, Experts, Select, Softcap>;
+  using Operation = std::variant<Embed, Normed, Linear, Attend, HeadLinear, Experts, Select, Softcap>;
 
   struct RopeTable {
     std::vector<float> cos, sin;
@@ -209,11 +223,13 @@ class Program {
   struct TokenRange {  // consecutive tokens of one sequence
     int sequence, first, n;
   };
-  struct Segments {  // a row's place in partials_, in segments of all kv heads; n == 1: it has none
+  struct HeadGroup {  // query heads that share one pass over a kv head
+    int kv_head, first, n;
+  };
+  struct Segments {  // a row's place in partials_, in segments of all heads; n == 1: it has none
     int at, n;
   };
 
-  [[noreturn]] static void refuse(const std::string& what);  // throws std::invalid_argument
   float* row(int buffer, int index);
   int width(int buffer) const;
   void check_buffer(int buffer, const char* what) const;
@@ -228,6 +244,7 @@ class Program {
   void run(const Experts& op, std::size_t index, unsigned worker);
   void run_few(const Experts& op, unsigned worker);
   void run_many(const Experts& op, std::size_t index, unsigned worker);
+  void run(const HeadLinear& op, std::size_t index, unsigned worker);
   void run(const Select& op, std::size_t index, unsigned worker);
   void run(const Softcap& op, std::size_t index, unsigned worker);
   // The next of n items of a phase (0, 1) of the operation at `index`: a worker's own share of them first, then what the
@@ -236,6 +253,7 @@ class Program {
   // rows.from: a multiple of the tile of `quantized`.
   void multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized, const float* x,
                 Worker& mine);
+  void add_attend(Attend op);
   HeadTransform transform(const Attend& op, const std::optional<Norm>& norm) const;
   // y of rows' products with some panels; x: where these are floats, rows side by side.
   void multiply(const PanelsView& w, const Quantized& quantized, const float* x, std::int64_t n_rows, std::int64_t from,
@@ -250,14 +268,17 @@ class Program {
   void multiply_down(const Experts& op, const Dispatch::Group& group, std::int64_t from, std::int64_t to, void* rounded,
                      Worker& mine);
   void add_given(const Experts& op, Dispatch& dispatch, int token, std::int64_t from, std::int64_t to);
+  int n_groups(const Attend& op, int n_items) const;
+  HeadGroup group(const Attend& op, int index, int n) const;
   KvView kv_view(const Attend& op, int sequence, int head);
   void write_kv(const Attend& op, int sequence, int token, int head, Worker& mine);
-  float* partial(const Segments& segments, int segment, int head, std::size_t size);
+  float* partial(const Attend& op, const Segments& segments, int segment, const HeadGroup& heads);
   std::string line(const Embed& op) const;
   std::string line(const Normed& op) const;
   std::string line(const Linear& op) const;
   std::string line(const Attend& op) const;
   std::string line(const Experts& op) const;
+  std::string line(const HeadLinear& op) const;
   std::string line(const Select& op) const;
   std::string line(const Softcap& op) const;
   static std::string name(const PanelsView& view);
@@ -272,7 +293,7 @@ class Program {
   std::int64_t max_cols_ = 0;  // widest quantised input
   std::int64_t max_normed_cols_ = 0;
   std::size_t attention_floats_ = 0;
-  std::size_t partial_floats_ = 0;  // of one segment, all kv heads
+  std::size_t partial_floats_ = 0;  // of one segment, all heads
   int query_rows_ = kMaxQueryRows;  // rows of a query tile
   std::vector<Reach> reaches_;  // of all layers, each once
 

@@ -29,6 +29,7 @@
 //   I add16(a, b)                              int16, wraps; without has_dot alone
 //   I madd16(a, b)                             two products of int16 per int32, added
 //   I pair16(lo, hi)                           int16 pairs (lo, hi) out of int32 lanes that fit
+//   void transpose(F (&x)[16])                 lane j of x[i] and lane i of x[j] change places
 //   I lookup(table, index)                     bytes of a broadcast16 table at the indices 0 .. 15
 #pragma once
 
@@ -38,6 +39,13 @@
 // Kernels are one flat piece of code per instruction set: nothing in them may survive as a function of its own, which
 // the linker could merge with another instruction set's.
 #define DAPJI_INLINE inline __attribute__((always_inline))
+
+// A loop over registers: only without the loop do arrays live in them.
+#ifdef __clang__
+#define DAPJI_UNROLL _Pragma("unroll")
+#else
+#define DAPJI_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace dapji {
 

@@ -149,8 +149,41 @@ struct Avx2 {
   static DAPJI_INLINE I lookup(I table, I index) {
     return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
   }
+  static DAPJI_INLINE void transpose(F (&x)[kLanes]) {
+    __m256 block[2][2][8];  // of 8 x 8
+    for (int i = 0; i < 8; ++i) {
+      block[0][0][i] = x[i].a;
+      block[0][1][i] = x[i].b;
+      block[1][0][i] = x[8 + i].a;
+      block[1][1][i] = x[8 + i].b;
+    }
+    for (auto& row : block) {
+      for (auto& one : row) transpose8(one);
+    }
+    for (int i = 0; i < 8; ++i) {
+      x[i] = {block[0][0][i], block[1][0][i]};
+      x[8 + i] = {block[0][1][i], block[1][1][i]};
+    }
+  }
 
  private:
+  static DAPJI_INLINE void transpose8(__m256 (&x)[8]) {
+    __m256 y[8];
+    DAPJI_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+      const __m256 a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+      const __m256 c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+      y[i] = _mm256_shuffle_ps(a, c, 0x44);
+      y[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      y[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    DAPJI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+      x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+    }
+  }
   static DAPJI_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static DAPJI_INLINE I mask(int n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -108,8 +108,31 @@ struct Avx512Vnni {
   }
   static DAPJI_INLINE I dot(I sum, I u8, I s8) { return _mm512_dpbusd_epi32(sum, u8, s8); }
   static DAPJI_INLINE I lookup(I table, I index) { return _mm512_shuffle_epi8(table, index); }
+  static DAPJI_INLINE void transpose(F (&x)[kLanes]) {
+    // 4 x 4 lanes within the quarters of four vectors, then the quarters.
+    F y[kLanes];
+    DAPJI_UNROLL
+    for (int i = 0; i < kLanes; i += 4) {
+      const __m512d a = pair(_mm512_unpacklo_ps(x[i], x[i + 1])), b = pair(_mm512_unpackhi_ps(x[i], x[i + 1]));
+      const __m512d c = pair(_mm512_unpacklo_ps(x[i + 2], x[i + 3])), d = pair(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+      y[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    DAPJI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const F a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x44), b = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xee);
+      const F c = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x44), d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xee);
+      x[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      x[i + 4] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      x[i + 8] = _mm512_shuffle_f32x4(b, d, 0x88);
+      x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
 
  private:
+  static DAPJI_INLINE __m512d pair(F x) { return _mm512_castps_pd(x); }
   static DAPJI_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static DAPJI_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static DAPJI_INLINE __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }

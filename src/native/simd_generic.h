@@ -154,6 +154,16 @@ struct Generic {
     return copy<I>(x);
   }
 
+  static DAPJI_INLINE void transpose(F (&x)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float other = x[i].v[j];
+        x[i].v[j] = x[j].v[i];
+        x[j].v[i] = other;
+      }
+    }
+  }
+
 #undef DAPJI_LANES
 
  private:

@@ -164,8 +164,24 @@ struct Neon {
   }
 
 #undef DAPJI_QUARTERS
+  static DAPJI_INLINE void transpose(F (&x)[kLanes]) {
+    F y[kLanes];
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) {  // block (i, j) of 4 x 4 to (j, i)
+        const float32x4_t a = x[4 * i].v[j], b = x[4 * i + 1].v[j], c = x[4 * i + 2].v[j], d = x[4 * i + 3].v[j];
+        const float64x2_t even = pair(vtrn1q_f32(a, b)), odd = pair(vtrn2q_f32(a, b));
+        const float64x2_t next_even = pair(vtrn1q_f32(c, d)), next_odd = pair(vtrn2q_f32(c, d));
+        y[4 * j].v[i] = vreinterpretq_f32_f64(vtrn1q_f64(even, next_even));
+        y[4 * j + 1].v[i] = vreinterpretq_f32_f64(vtrn1q_f64(odd, next_odd));
+        y[4 * j + 2].v[i] = vreinterpretq_f32_f64(vtrn2q_f64(even, next_even));
+        y[4 * j + 3].v[i] = vreinterpretq_f32_f64(vtrn2q_f64(odd, next_odd));
+      }
+    }
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
 
  private:
+  static DAPJI_INLINE float64x2_t pair(float32x4_t x) { return vreinterpretq_f64_f32(x); }
   static DAPJI_INLINE float32x4_t larger(float32x4_t x, float32x4_t y) { return vbslq_f32(vcgtq_f32(x, y), x, y); }
   static DAPJI_INLINE uint8x16_t uint8(int32x4_t x) { return vreinterpretq_u8_s32(x); }
   static DAPJI_INLINE int16x8_t int16(int32x4_t x) { return vreinterpretq_s16_s32(x); }

@@ -42,16 +42,17 @@ EXTRAS = {
 }
 
 
-def model(*attentions: AttentionConfig) -> tuple[ModelConfig, dict[str, Tensor]]:
+def model(*attentions: AttentionConfig, norm_offset: float = 0.0) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A layer for each; weights in float32."""
     layers = tuple(LayerConfig(attention=one, feed_forward=FeedForwardConfig(hidden_dim=64)) for one in attentions)
     config = ModelConfig(
-        family="llama", dim=64, vocab_size=VOCAB, max_context=1024, norm_eps=1e-5, layers=layers, tied_head=False
+        family="llama", dim=64, vocab_size=VOCAB, max_context=1024, norm_eps=1e-5, layers=layers, tied_head=False,
+        norm_offset=norm_offset,
     )  # fmt: skip
     rng = np.random.default_rng(7)
     tensors = {}
     for name, shape in weight_shapes(config).items():
-        values = rng.normal(1 if len(shape) == 1 else 0, 0.2, shape).astype(np.float32)
+        values = rng.normal(1 - norm_offset if len(shape) == 1 else 0, 0.2, shape).astype(np.float32)
         tensors[name] = Tensor.from_float32(name, values)
     return config, tensors
 
@@ -61,10 +62,11 @@ def opened(name: str, **options: object) -> NativeExecutor:
     return NativeExecutor(config, tensors, **{"context": 1024, "n_blocks": 64, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("norm_offset", [0.0, 1.0])
 @pytest.mark.parametrize("name", EXTRAS)
-def test_logits_are_the_references(name: str) -> None:
+def test_logits_are_the_references(name: str, norm_offset: float) -> None:
     """In one pass, and token by token: a single row takes another way through the cache."""
-    config, tensors = model(*EXTRAS[name])
+    config, tensors = model(*EXTRAS[name], norm_offset=norm_offset)
     ids = Batch.single(text(130))
     wanted = open_executor("reference", config, tensors, context=256, kv="f32").step(ids)
     tolerance = 2e-5 * np.abs(wanted).max()  # the order of float32 sums

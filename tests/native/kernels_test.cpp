@@ -271,11 +271,11 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim, bool ext
   Results results;
   constexpr int context = 330, blocks = 21, group = 3;  // two segments of positions
   const RowKernels& kernel = kernels(isa).rows;
-  KvCache cache(format, {{1, head_dim}}, blocks);
+  KvCache cache(format, {{1, head_dim, head_dim}}, blocks);
   const KvTile& tile = cache.tile(0);
   std::vector<std::int32_t> table(blocks);
   for (int i = 0; i < blocks; ++i) table[static_cast<std::size_t>(i)] = (5 * i + 3) % blocks;
-  Scratch space = scratch(sizeof(float) * (attention_scratch_floats(head_dim, tile.padded)));
+  Scratch space = scratch(sizeof(float) * (attention_scratch_floats(head_dim, head_dim)));
 
   // Keys, rotated (and normed), and values.
   const auto angles = static_cast<std::size_t>(rope_dim / 2), dim = static_cast<std::size_t>(head_dim);
@@ -298,6 +298,7 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim, bool ext
     one.q = q.data();
     one.out = out.data();
     one.stride = group * dim;
+    one.value_dim = head_dim;
     one.query = transform(q_norm);
     one.n_rows = rows;
     one.group = group;
@@ -324,7 +325,7 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim, bool ext
     results.add(out);
     if (query.rows > 1) continue;
     // The same row, its segments apart and then merged.
-    const std::size_t part = attention_partial_floats(group, tile.padded);
+    const std::size_t part = attention_partial_floats(group, head_dim);
     std::vector<float> partials(2 * part), merged(size);
     for (int segment = 0; segment < 2; ++segment) {
       AttentionItem one = whole;
@@ -334,9 +335,90 @@ Results attention(Isa isa, KvFormat format, int head_dim, int rope_dim, bool ext
       one.partials = partials.data() + static_cast<std::size_t>(segment) * part;
       kernel.attend(one, space.data());
     }
-    kernel.combine(partials.data(), 2, group, tile, merged.data(), space.data());
+    for (int row = 0; row < group; ++row) {
+      kernel.combine(partials.data(), 2, group, row, head_dim, merged.data() + row * head_dim, space.data());
+    }
     results.add(partials);
     if (merged != out) throw std::logic_error("a row whose segments are computed apart differs");
+  }
+  return results;
+}
+
+// Latent attention is attention to one kv head whose values are its keys, of which the beginning is wanted.
+Results latent(Isa isa, KvFormat format, int latent_dim, int rope_dim, int heads) {
+  Random random;
+  Results results;
+  constexpr int context = 330, blocks = 21;
+  const RowKernels& kernel = kernels(isa).rows;
+  const auto latents = static_cast<std::size_t>(latent_dim), angles = static_cast<std::size_t>(rope_dim / 2);
+  const std::size_t dim = latents + 2 * angles;
+  const int key_dim = latent_dim + rope_dim;
+  KvCache shared(format, {{1, key_dim, 0}}, blocks), apart(format, {{1, key_dim, key_dim}}, blocks);
+  std::vector<std::int32_t> table(blocks);
+  for (int i = 0; i < blocks; ++i) table[static_cast<std::size_t>(i)] = (5 * i + 3) % blocks;
+  Scratch space = scratch(sizeof(float) * attention_scratch_floats(key_dim, key_dim));
+
+  // Angles of powers of two: so the rotation here is exact but for one rounding, whatever a compiler contracts.
+  std::vector<float> cos(context * angles), sin(context * angles);
+  for (float& x : cos) x = std::ldexp(1.0f, -static_cast<int>(random.bits() % 4));
+  for (float& x : sin) x = std::ldexp(-1.0f, -static_cast<int>(random.bits() % 4));
+  const std::vector<float> norm = random.reals(latents);
+  const auto rotated = [&](const float* x, int position, float* out) {
+    for (std::size_t i = 0; i < angles; ++i) {
+      const float c = cos[static_cast<std::size_t>(position) * angles + i];
+      const float s = sin[static_cast<std::size_t>(position) * angles + i];
+      out[i] = x[i] * c - x[angles + i] * s;
+      out[angles + i] = x[angles + i] * c + x[i] * s;
+    }
+  };
+  for (int position = 0; position < context; ++position) {
+    const std::vector<float> latent = random.reals(latents), k_rope = random.reals(2 * angles);
+    const int block = table[static_cast<std::size_t>(position / kKvBlock)];
+    kernel.write_latent(shared.tile(0), shared.at(0, block, 0), position, latent.data(), k_rope.data(),
+                        {norm.data(), 1e-5f, cos.data(), sin.data(), rope_dim}, space.data());
+    std::vector<float> key(dim);
+    kernel.norm(latent.data(), norm.data(), 1e-5f, latent_dim, key.data());
+    rotated(k_rope.data(), position, key.data() + latents);
+    kernel.write_kv(apart.tile(0), apart.at(0, block, 0), position, key.data(), key.data(), {}, space.data());
+  }
+  results.add(shared.at(0, 0, 0), shared.bytes());
+
+  for (const auto& [position, rows] : {std::pair{0, 3}, {250, 9}, {329, 1}}) {
+    const auto n = static_cast<std::size_t>(rows * heads);
+    std::vector<float> q = random.reals(n * latents), q_rope = random.reals(n * 2 * angles);
+    std::vector<float> queries(n * dim), wanted(n * dim);
+    for (std::size_t i = 0; i < n; ++i) {
+      std::copy_n(q.data() + i * latents, latents, queries.data() + i * dim);
+      rotated(q_rope.data() + i * 2 * angles, position + static_cast<int>(i) / heads, queries.data() + i * dim + latents);
+    }
+    AttentionItem one{};
+    one.n_rows = rows;
+    one.group = heads;
+    one.position = position;
+    one.scale = 0.5f;
+    one.end_segment = (position + rows - 1) / kKvSegment + 1;
+    AttentionItem other = one;
+    other.kv = {&apart.tile(0), apart.at(0, 0, 0), apart.block_stride(), table.data()};
+    other.q = queries.data();
+    other.out = wanted.data();
+    other.stride = static_cast<std::size_t>(heads) * dim;
+    other.value_dim = key_dim;
+    kernel.attend(other, space.data());
+
+    one.kv = {&shared.tile(0), shared.at(0, 0, 0), shared.block_stride(), table.data()};
+    one.q = one.out = q.data();
+    one.stride = static_cast<std::size_t>(heads) * latents;
+    one.value_dim = latent_dim;
+    one.q_rope = q_rope.data();
+    one.rope_stride = static_cast<std::size_t>(heads) * 2 * angles;
+    one.query = {nullptr, 0, cos.data(), sin.data(), rope_dim};
+    kernel.attend(one, space.data());
+    results.add(q);
+    for (std::size_t i = 0; i < n; ++i) {
+      if (!std::equal(q.data() + i * latents, q.data() + (i + 1) * latents, wanted.data() + i * dim)) {
+        throw std::logic_error("latent attention differs from attention to the same keys");
+      }
+    }
   }
   return results;
 }
@@ -359,7 +441,7 @@ Results program(Isa isa, int threads) {
   constexpr int vocab = 50, context = 320, heads = 4, kv_heads = 2, head_dim = 16, hidden = 256, blocks = 24;
   constexpr int n_experts = 6;
   constexpr int dim = heads * head_dim, kv_dim = kv_heads * head_dim;
-  Program program(isa, threads, context, vocab, KvFormat::q8, {{kv_heads, head_dim}}, blocks,
+  Program program(isa, threads, context, vocab, KvFormat::q8, {{kv_heads, head_dim, head_dim}}, blocks,
                   {dim, dim, kv_dim, kv_dim, dim, hidden, dim, n_experts});
   enum Buffer { x, q, k, v, mixed, gated, taken, router };
   using Kind = Epilogue::Kind;
@@ -460,6 +542,8 @@ std::vector<Case> cases() {
     all.push_back({what + ", heads of 72", [=](Isa isa) { return attention(isa, kv, 72, 40); }});
     all.push_back({what + ", heads of 32, unrotated", [=](Isa isa) { return attention(isa, kv, 32, 0); }});
     all.push_back({what + ", extras", [=](Isa isa) { return attention(isa, kv, 72, 40, true); }});
+    all.push_back({what + ", latents of 64", [=](Isa isa) { return latent(isa, kv, 64, 16, 9); }});
+    all.push_back({what + ", latents of 43", [=](Isa isa) { return latent(isa, kv, 43, 6, 5); }});
   }
   all.push_back({"read", read});
   all.push_back({"program", [](Isa isa) {

@@ -89,20 +89,19 @@ class _Layer(Generic[V, W]):
         return self._linear(mixed, "attention.o")
 
     def _latent_attention(self, attention: LatentAttentionConfig, x: V) -> V:
-        query = x
+        query = x if attention.query_dim is None else self._linear(x, "attention.q_down")
+        latent = self._linear(x, "attention.kv_down")  # [T, latent_dim]
+        k_rope = self._linear(x, "attention.k_rope")  # [T, rope_dim]
         if attention.query_dim is not None:
-            query = self._norm(self._linear(x, "attention.q_down"), "attention.q_down_norm", attention.norm_eps)
-        table = self.ops.tables[attention.rope]
-        rope_dim = attention.rope.dim
+            query = self._norm(query, "attention.q_down_norm", attention.norm_eps)
         q_nope = self._linear(query, "attention.q_nope")  # [T, H*nope_dim]
-        q_rope = self.ops.rope(self._linear(query, "attention.q_rope"), table, rope_dim)  # [T, H*rope_dim]
-        latent = self._norm(self._linear(x, "attention.kv_down"), "attention.kv_down_norm", attention.norm_eps)
-        k_rope = self.ops.rope(self._linear(x, "attention.k_rope"), table, rope_dim)  # [T, rope_dim]
+        q_rope = self._linear(query, "attention.q_rope")  # [T, H*rope_dim]
+        table, rope_dim = self.ops.tables[attention.rope], attention.rope.dim
         mixed = self.ops.latent_attention(
             q_nope,
-            q_rope,
-            latent,
-            k_rope,
+            self.ops.rope(q_rope, table, rope_dim),
+            self._norm(latent, "attention.kv_down_norm", attention.norm_eps),
+            self.ops.rope(k_rope, table, rope_dim),
             self._weight("attention.k_up"),
             self._weight("attention.v_up"),
             layer=self.index,

@@ -163,17 +163,13 @@ class Recorder:
         layer: int,
         attention: LatentAttention,
     ) -> Node:
-        return self._add(
-            "latent_attention",
-            q_nope,
-            q_rope,
-            latent,
-            k_rope,
-            weights=[k_up, v_up],
-            width=attention.n_heads * attention.value_dim,
-            layer=layer,
-            attention=attention,
+        """Absorbed: queries are brought to the latents' dimensions, and what they attend to to the values'."""
+        width = attention.n_heads * attention.latent_dim
+        queries = self._add("head_linear", q_nope, weights=k_up.split(), width=width)
+        mixed = self._add(
+            "latent_attention", queries, q_rope, latent, k_rope, width=width, layer=layer, attention=attention
         )
+        return self._add("head_linear", mixed, weights=v_up.split(), width=attention.n_heads * attention.value_dim)
 
     def gated(self, gate: Node, up: Node, activation: Activation) -> Node:
         return self._add("gated", gate, up, width=gate.width, activation=activation)
@@ -265,6 +261,12 @@ class _Lowering:
             elif node.op == "softcap":
                 assert self._capped
                 emit("softcap", node.arguments["cap"])
+            elif node.op == "head_linear":
+                (x,) = node.inputs
+                emit("head_linear", self._buffer_of[x], node.weights, self._take(node))
+                self._read(x)
+            elif node.op == "latent_attention":
+                self._latent_attention(node, emit)
             else:
                 raise AssertionError(f"{node.op} cannot be fused")
         self._flush(pending, emit)
@@ -272,7 +274,7 @@ class _Lowering:
     def _is_fused(self, node: Node) -> bool:
         """Whether it is computed by what comes before it or by what reads it."""
         if node.op == "norm":
-            return all(user.op == "linear" for user in self._users[node])
+            return all(user.op in ("linear", "latent_attention") for user in self._users[node])
         if node.op == "add":
             return node.inputs[1].op in ("linear", "norm", "experts") and self._is_added(node.inputs[1])
         if node.op == "gated":
@@ -346,6 +348,17 @@ class _Lowering:
         target = self._alias(result, result.inputs[0])
         emit("experts", *(self._buffer_of[x] for x in node.inputs), target, node)
         for x in node.inputs:
+            self._read(x)
+
+    def _latent_attention(self, node: Node, emit: Callable[..., None]) -> None:
+        """In the buffer of its queries."""
+        queries, q_rope, latent, k_rope = node.inputs
+        table = q_rope.arguments["table"]
+        assert k_rope.arguments["table"] is table
+        sources = [queries, q_rope.inputs[0], latent.inputs[0], k_rope.inputs[0]]
+        emit("latent_attention", *(self._buffer_of[source] for source in sources), table, latent, node.arguments)
+        self._alias(node, queries)
+        for x in node.inputs[1:]:
             self._read(x)
 
     def _take(self, node: Node) -> int:
@@ -429,7 +442,7 @@ def build(
         context=context,
         vocab=output.width,
         kv=kv,
-        layers=[(shape.n_kv_heads, shape.key_dim) for shape in kv_shapes],
+        layers=[(shape.n_kv_heads, shape.key_dim, shape.value_dim) for shape in kv_shapes],
         n_blocks=n_blocks,
         widths=lowering.widths,
     )
@@ -481,6 +494,20 @@ def build(
             _add_experts(program, source, logits, buffer, node, panels)
         elif name == "softcap":
             program.add_softcap(*operands)
+        elif name == "head_linear":
+            source, weights, buffer = operands
+            program.add_head_linear(source, [panels[weight] for weight in weights], buffer)
+        elif name == "latent_attention":
+            *buffers, table, norm, arguments = operands
+            latent: LatentAttention = arguments["attention"]
+            program.add_latent_attention(
+                *buffers,
+                layer=arguments["layer"],
+                n_heads=latent.n_heads,
+                rope=rope(table),
+                scale=latent.scale,
+                norm=(_norm_weight(norm), norm.arguments["eps"]),
+            )
         else:
             program.add_select(*operands)
     return program
@@ -535,7 +562,7 @@ def _panels(nodes: Sequence[Node], threads: int, cache: PanelCache | None) -> di
 
 def _matrices(node: Node) -> tuple[Tensor, ...]:
     """Those of its weights that are packed."""
-    if node.op == "experts":
+    if node.op in ("experts", "head_linear"):
         return node.weights
     return node.weights[:1] if node.op in ("embed", "linear") else ()
 
