@@ -58,6 +58,8 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
+    models="DeepSeek V2, V2.5, V2-Lite, Coder-V2",
+    licence="DeepSeek Model License",
     hf_architecture="DeepseekV2ForCausalLM",
     gguf_architecture="deepseek2",
     hf=HF_LATENT,

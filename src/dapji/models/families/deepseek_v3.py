@@ -68,6 +68,8 @@ def deepseek_v3_to_hf(config: ModelConfig) -> dict[str, object]:
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
+    models="DeepSeek V3, V3.1, R1; Moonlight",
+    licence="MIT (first V3: DeepSeek Model License)",
     hf_architecture="DeepseekV3ForCausalLM",
     gguf_architecture="deepseek2",
     hf=HF_LATENT,

@@ -61,6 +61,8 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 
 EXAONE = Family(
     name="exaone",
+    models="EXAONE 3.0, 3.5, Deep",
+    licence="EXAONE AI Model License 1.1 - NC",
     hf_architecture="ExaoneForCausalLM",
     gguf_architecture="exaone",
     hf=_HF,

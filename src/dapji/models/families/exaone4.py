@@ -116,6 +116,8 @@ def _to_gguf(config: ModelConfig) -> dict[str, object]:
 
 EXAONE4 = Family(
     name="exaone4",
+    models="EXAONE 4.0",
+    licence="EXAONE AI Model License 1.2 - NC",
     hf_architecture="Exaone4ForCausalLM",
     gguf_architecture="exaone4",
     hf=_HF,

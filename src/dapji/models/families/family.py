@@ -126,6 +126,10 @@ class Family:
 
     name: str
     """Also Hugging Face's model_type."""
+    models: str
+    """As their makers call them."""
+    licence: str
+    """Of the published weights, for orientation: what a model's own files say is what counts."""
     hf_architecture: str
     """The class of transformers that runs it."""
     gguf_architecture: str

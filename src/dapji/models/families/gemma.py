@@ -211,6 +211,8 @@ def _one_rope(config: ModelConfig) -> AttentionConfig:
 
 GEMMA2 = Family(
     name="gemma2",
+    models="Gemma 2",
+    licence="Gemma Terms of Use",
     hf_architecture="Gemma2ForCausalLM",
     gguf_architecture="gemma2",
     hf=_HF_SHIFTED,
@@ -306,6 +308,8 @@ def _gemma3_to_gguf(config: ModelConfig) -> dict[str, object]:
 
 GEMMA3 = Family(
     name="gemma3_text",
+    models="Gemma 3",
+    licence="Gemma Terms of Use",
     hf_architecture="Gemma3ForCausalLM",
     gguf_architecture="gemma3",
     hf=_HF_SHIFTED,

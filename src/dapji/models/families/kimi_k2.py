@@ -10,6 +10,8 @@ from dapji.models.families.family import Wrapper
 KIMI_K2 = replace(
     DEEPSEEK_V3,
     name="kimi_k2",
+    models="Kimi K2, K2.5 (text)",
+    licence="Modified MIT",
     from_hf=lambda fields: deepseek_v3_from_hf(fields, "kimi_k2"),
     wrapper=Wrapper(
         model_type="kimi_k25",

@@ -50,6 +50,8 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 
 LLAMA = Family(
     name="llama",
+    models="Llama 1, 2, 3, 3.1, 3.2, 3.3; SmolLM2, TinyLlama, Alpaca, Vicuna, R1-Distill-Llama",
+    licence="Llama community licence of each version; Apache-2.0 (SmolLM2, TinyLlama); Llama 1, Alpaca: research only",
     hf_architecture="LlamaForCausalLM",
     gguf_architecture="llama",
     hf=HF,

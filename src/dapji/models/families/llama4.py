@@ -338,6 +338,8 @@ def _gate_and_up(foreign: str, experts: str, shape: Shape) -> Rule:
 
 LLAMA4 = Family(
     name="llama4_text",
+    models="Llama 4 Scout, Maverick (text)",
+    licence="Llama 4 Community License",
     hf_architecture="Llama4ForCausalLM",
     gguf_architecture="llama4",
     hf=replace(_LAYOUT, rules=_rules),

@@ -42,6 +42,8 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 
 MISTRAL = Family(
     name="mistral",
+    models="Mistral 7B, Nemo",
+    licence="Apache-2.0",
     hf_architecture="MistralForCausalLM",
     gguf_architecture="llama",
     hf=HF,

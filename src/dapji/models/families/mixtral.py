@@ -100,6 +100,8 @@ def _to_gguf(config: ModelConfig) -> dict[str, object]:
 
 MIXTRAL = Family(
     name="mixtral",
+    models="Mixtral 8x7B, 8x22B",
+    licence="Apache-2.0",
     hf_architecture="MixtralForCausalLM",
     gguf_architecture="llama",
     hf=replace(_LAYOUT, rules=lambda config: experts_one_by_one(_LAYOUT, config, _EXPERTS)),

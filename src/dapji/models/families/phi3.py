@@ -75,6 +75,8 @@ def _check(config: ModelConfig) -> None:
 
 PHI3 = Family(
     name="phi3",
+    models="Phi-3, 3.5, 4, 4-mini",
+    licence="MIT",
     hf_architecture="Phi3ForCausalLM",
     gguf_architecture="phi3",
     hf=_HF,

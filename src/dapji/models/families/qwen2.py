@@ -77,6 +77,8 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 
 QWEN2 = Family(
     name="qwen2",
+    models="Qwen 2, 2.5, 2.5-Coder, R1-Distill-Qwen",
+    licence="Apache-2.0 (some sizes: Qwen licences)",
     hf_architecture="Qwen2ForCausalLM",
     gguf_architecture="qwen2",
     hf=HF,

@@ -81,6 +81,8 @@ def _to_gguf(config: ModelConfig) -> dict[str, object]:
 
 QWEN3 = Family(
     name="qwen3",
+    models="Qwen 3, dense",
+    licence="Apache-2.0",
     hf_architecture="Qwen3ForCausalLM",
     gguf_architecture="qwen3",
     hf=HF,

@@ -131,6 +131,8 @@ def _to_gguf(config: ModelConfig) -> dict[str, object]:
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
+    models="Qwen3-30B-A3B, 235B-A22B, Qwen3-Coder",
+    licence="Apache-2.0",
     hf_architecture="Qwen3MoeForCausalLM",
     gguf_architecture="qwen3moe",
     hf=replace(_LAYOUT, rules=lambda config: experts_one_by_one(_LAYOUT, config, _EXPERTS)),

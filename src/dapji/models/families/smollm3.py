@@ -86,6 +86,8 @@ def _parts(config: ModelConfig) -> tuple[AttentionConfig, FeedForwardConfig, lis
 
 SMOLLM3 = Family(
     name="smollm3",
+    models="SmolLM3",
+    licence="Apache-2.0",
     hf_architecture="SmolLM3ForCausalLM",
     gguf_architecture="smollm3",
     hf=HF,
