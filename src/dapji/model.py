@@ -29,6 +29,7 @@ from dapji.weights.panel_cache import PanelCache
 
 if TYPE_CHECKING:
     from dapji.chat import ChatTemplate
+    from dapji.chat.grammar import Grammar, Grammars
 
 DEFAULT_CONTEXT = 8192
 """Tokens, or the model's own limit where that is shorter: keeps the cache of a small model in tens of MB."""
@@ -155,6 +156,13 @@ class Model:
 
         return ChatTemplate.of(self.tokenizer)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of the model's tokenizer."""
+        from dapji.chat.grammar import Grammars  # takes its time, which an answer without a grammar can do without
+
+        return Grammars(self.tokenizer)
+
     @property
     def summary(self) -> str:
         """One line: size, bits per weight, context."""
@@ -169,17 +177,20 @@ class Model:
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
         **sampling: Any,
     ) -> dict[str, Any]:
         """The options of an answer, all of them, with the model's own defaults filled in.
 
-        max_tokens, logprobs: as in `Request`. stop: the answer ends before the first of these texts.
+        max_tokens, logprobs: as in `Request`. stop: the answer ends before the first of these texts. grammar: what the
+        answer must be; unless max_tokens cuts it off, it is.
         sampling: fields of `Sampling`. Raises RequestError for an unknown option or a value out of range.
         """
         own = {
             "max_tokens": max_tokens,
             "stop": (stop,) if isinstance(stop, str) else tuple(stop),
             "logprobs": logprobs,
+            "grammar": grammar,
         }
         known = {field.name for field in fields(Sampling)}
         if unknown := sampling.keys() - known:
@@ -232,11 +243,18 @@ class Model:
     ) -> Prepared:
         """continuation: the answer goes on a text, so that a space at its beginning belongs to it."""
         chosen = self.options(**options)
-        max_tokens, stop, logprobs = (chosen.pop(name) for name in ("max_tokens", "stop", "logprobs"))
+        max_tokens, stop, logprobs, grammar = (
+            chosen.pop(name) for name in ("max_tokens", "stop", "logprobs", "grammar")
+        )
         markers = {token: spelling for spelling, token in self.tokenizer.control.items() if parser.wants(spelling)}
         text = _Text(Detokenizer(self.tokenizer, continuation=continuation), StopStrings(stop), markers)
         request = Request(
-            prompt=prompt, max_tokens=max_tokens, sampling=Sampling(**chosen), stop=text.push, logprobs=logprobs
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=Sampling(**chosen),
+            stop=text.push,
+            constraint=None if grammar is None else self.grammars.start(grammar),
+            logprobs=logprobs,
         )
         return Prepared(request=request, text=text, parser=parser)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import Any
@@ -15,6 +16,10 @@ from tiny import ANSWER
 
 HELLO: list[Any] = [{"role": "user", "content": "안녕"}]
 GREEDY = {"temperature": 0.0}
+
+
+def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
 @pytest.fixture
@@ -97,7 +102,17 @@ def test_logprobs_are_of_every_token_with_text(client: openai.OpenAI) -> None:
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"n": 17}, "n", "n (17) must be from 1 to 16"),
         ({"tool_choice": "required"}, "tool_choice", "Invalid enum value 'required'"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "Invalid enum value 'json_object'"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "Invalid value 'xml'"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"unevaluatedItems": 1}},
+                }
+            },
+            None,
+            'Unimplemented keys: ["unevaluatedItems"]',
+        ),
         ({"logit_bias": {"a": 1}}, "logit_bias", "keys must be token ids"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
@@ -113,6 +128,27 @@ def test_what_is_wrong_is_named(server: Running, change: dict[str, Any], field: 
     assert message in error["message"]
     assert error["param"] == field
     assert error["type"] == "invalid_request_error"
+
+
+def test_structured_output_is_valid(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    asked: dict[str, Any] = {
+        "model": "answer",
+        "messages": HELLO,
+        "temperature": 100.0,
+        "response_format": json_schema(schema | {"type": "object"}),
+    }
+    for seed in range(5):
+        choice = client.chat.completions.create(**asked, seed=seed, max_tokens=200).choices[0]
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content or "")["n"], int)
+    asked["response_format"] = {"type": "grammar", "grammar": "yes|no", "syntax": "regex"}
+    assert client.chat.completions.create(**asked).choices[0].message.content in ("yes", "no")
 
 
 def test_a_prompt_over_the_context_says_both_numbers(client: openai.OpenAI) -> None:

@@ -87,13 +87,16 @@ class Generation(Job):
             self._speculation.update(self.length)
 
     def _draw(self, row: NDArray[np.float32]) -> int:
-        generated = self.length - self._n_prompt
+        generated, constraint = self.length - self._n_prompt, self._request.constraint
         token = self._sampler.draw(
             row[: self._vocab_size],
             tokens=self.tokens[: self.length],
             n_prompt=self._n_prompt,
             banned=self._stop_ids if generated < self._request.min_tokens else None,
+            allowed=None if constraint is None else constraint.allowed(),
         )
+        if constraint is not None:
+            constraint.push(token)
         self.tokens[self.length] = token
         self.length += 1
         self.wanted += 1

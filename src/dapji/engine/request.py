@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dapji.errors import RequestError
 
@@ -86,6 +89,18 @@ class Sampling:
         return [replace(self, seed=(self.seed + i) % 2**64) for i in range(n)]
 
 
+class Constraint(Protocol):
+    """Which tokens may come next. For one answer; the engine's thread alone calls it."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """[V]. Should have been computed beside the step; what it raises ends the request."""
+        ...
+
+    def push(self, token: int) -> None:
+        """The token that was drawn."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt to continue. Raises RequestError for a value out of range."""
@@ -104,6 +119,8 @@ class Request:
     stop: Callable[[int], bool] | None = None
     """Called with every generated token except a stop token, in order, before its Output is delivered; True ends the
     answer. Runs on the engine's thread: must be quick. This is how the layer that knows text stops at strings."""
+    constraint: Constraint | None = None
+    """None: any token may come. It decides of stop tokens too."""
     logprobs: int | None = None
     """None: none. n: log-probability of each generated token and of the n likeliest."""
 

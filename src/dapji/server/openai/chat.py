@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dapji.chat.formats import Content, Event, Reasoning, ToolCall
+from dapji.chat.grammar import Grammar
 from dapji.errors import DapjiError
 from dapji.model import AsyncReply
 from dapji.server.openai.common import Drawn, identifier, key_of, logprob_objects, problem_body, sampling_of, usage_of
@@ -76,8 +77,33 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"] = "text"
+class PlainText(Strict, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObjectFormat(Strict, tag_field="type", tag="json_object"):
+    pass
+
+
+class NamedSchema(Strict):
+    name: str
+    schema: JsonObject = msgspec.field(default_factory=dict)
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+class GrammarFormat(Strict, tag_field="type", tag="grammar"):
+    """Not OpenAI's."""
+
+    grammar: str
+    syntax: Literal["lark", "regex", "gbnf"] = "lark"
+
+
+ResponseFormat = PlainText | JsonObjectFormat | JsonSchemaFormat | GrammarFormat
 
 
 class Asked(Drawn, kw_only=True):
@@ -162,7 +188,18 @@ def _options(asked: Asked) -> JsonObject:
     if asked.tools and asked.tool_choice != "none":
         options["tools"] = [msgspec.to_builtins(tool) for tool in asked.tools]
     options["variables"] = asked.chat_template_kwargs
+    options["grammar"] = _grammar(asked.response_format)
     return options
+
+
+def _grammar(wanted: ResponseFormat | None) -> Grammar | None:
+    if isinstance(wanted, JsonObjectFormat):
+        return Grammar.json_object()
+    if isinstance(wanted, JsonSchemaFormat):
+        return Grammar.json_schema(wanted.json_schema.schema)
+    if isinstance(wanted, GrammarFormat):
+        return {"lark": Grammar.lark, "regex": Grammar.regex, "gbnf": Grammar.gbnf}[wanted.syntax](wanted.grammar)
+    return None
 
 
 async def _drain(reply: AsyncReply) -> None:

@@ -1,0 +1,119 @@
+"""Grammars of answers: which tokens may come next, so that an answer is JSON of a schema, or matches an expression.
+
+llguidance compiles and runs them (Earley over a lexer, byte by byte, so that tokens may end anywhere). Masks are
+computed on a thread of their own, beside the model's next step. Knows tokens' bytes and no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+from llguidance.gbnf_to_lark import gbnf_to_lark
+from numpy.typing import NDArray
+
+from dapji.errors import RequestError
+from dapji.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be. Checked when it meets a tokenizer."""
+
+    source: str
+    """As llguidance writes grammars."""
+
+    @staticmethod
+    def json_schema(schema: Mapping[str, Any]) -> Grammar:
+        """JSON that is valid under a schema (draft 2020-12; what llguidance lacks of it is refused)."""
+        return Grammar(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+
+    @staticmethod
+    def json_object() -> Grammar:
+        """Any JSON object."""
+        return Grammar.json_schema({"type": "object"})
+
+    @staticmethod
+    def regex(pattern: str) -> Grammar:
+        """Text that matches as a whole (Rust's regex syntax)."""
+        return Grammar(llguidance.LLMatcher.grammar_from_regex(pattern))
+
+    @staticmethod
+    def lark(text: str) -> Grammar:
+        """Lark's notation, with llguidance's extensions."""
+        return Grammar(llguidance.LLMatcher.grammar_from_lark(text))
+
+    @staticmethod
+    def gbnf(text: str) -> Grammar:
+        """llama.cpp's notation. Raises RequestError."""
+        try:
+            return Grammar.lark(gbnf_to_lark(text))
+        except Exception as error:  # its parser raises whatever it meets
+            raise RequestError(f"the GBNF grammar cannot be read: {error}") from None
+
+
+class Grammars:
+    """Of one tokenizer. Safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._vocab_size = tokenizer.vocab_size
+        self._tokenizer = llguidance.LLTokenizer(_Vocabulary.wrapped(tokenizer), eos_token=sorted(tokenizer.stop_ids))
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="dapji-grammar")
+
+    def start(self, grammar: Grammar) -> Constraint:
+        """For one answer. Raises RequestError where the grammar cannot be compiled; names what it has not."""
+        failed, told = llguidance.LLMatcher.validate_grammar_with_warnings(grammar.source, self._tokenizer)
+        if failed:
+            raise RequestError(f"the grammar cannot be used: {' '.join(told)}")
+        return Constraint(llguidance.LLMatcher(self._tokenizer, grammar.source), self._vocab_size, self._threads)
+
+
+class Constraint:
+    """The tokens that may come next, given those so far: what `Request.constraint` wants."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, threads: ThreadPoolExecutor) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._threads = threads
+        self._mask: Future[NDArray[np.bool_]] = threads.submit(self._compute)
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """[V]. Waits until it is known. Raises RequestError where the grammar grew beyond llguidance's limits."""
+        return self._mask.result()
+
+    def push(self, token: int) -> None:
+        """The token that was drawn, one of those allowed; begins to compute what may follow."""
+        self._mask.result()
+        self._matcher.consume_token(token)
+        self._mask = self._threads.submit(self._compute)
+
+    def _compute(self) -> NDArray[np.bool_]:
+        bits = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, 0)
+        if self._matcher.is_error():
+            raise RequestError(f"the grammar failed: {self._matcher.get_error()}")
+        return np.unpackbits(bits.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = min(tokenizer.stop_ids)
+        self.bos_token_id = tokenizer.bos_id
+        self.special_token_ids = sorted(tokenizer.control.values())
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+
+    @staticmethod
+    def wrapped(tokenizer: Tokenizer) -> llguidance.TokenizerWrapper:
+        return llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
