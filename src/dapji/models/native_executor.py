@@ -14,6 +14,7 @@ from dapji.models.executor import check_batch
 from dapji.models.size import kv_shapes
 from dapji.ops import native
 from dapji.ops.batch import Batch
+from dapji.ops.recording import Recorder
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 
@@ -44,7 +45,7 @@ class NativeExecutor:
         self.context = context
         self.n_blocks = n_blocks
         self._cache = cache
-        recorder = native.Recorder(context)
+        recorder = Recorder(context)
         logits = decode(config, tensors, recorder)
         try:
             self._program = native.build(
