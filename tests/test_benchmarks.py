@@ -36,7 +36,7 @@ def test_a_random_model_is_whole_and_has_weights_of_the_usual_size(tmp_path: Pat
         assert values.std() == pytest.approx(values.shape[-1] ** -0.5, rel=0.05)
     with dapji.load(path) as model:
         assert len(model.complete("abc", max_tokens=4, temperature=0).tokens) <= 4
-        logits = model.engine.score([1, 2, 3])
+        logits = model.engine.score([1, 2, 3]).chosen
     assert np.isfinite(logits).all()
 
 
@@ -52,7 +52,7 @@ def test_a_cut_model_has_the_first_layers_of_a_published_one(tmp_path: Path) -> 
     router = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_gate_inp.weight")
     assert router.data.std() == pytest.approx(256**-0.5, rel=0.05)
     with dapji.load(path) as model:
-        assert np.isfinite(model.engine.score([1, 2, 3])).all()
+        assert np.isfinite(model.engine.score([1, 2, 3]).chosen).all()
 
 
 def test_a_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:

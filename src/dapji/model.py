@@ -233,10 +233,13 @@ class Model:
 
     def prepare_completion(self, prompt: str | Sequence[int], **options: Any) -> Prepared:
         """All of `complete` but its answer. prompt: a text, or token ids as they are."""
-        if not isinstance(prompt, str):
-            return self._prepare(prompt, options, Parser(), continuation=True)
+        tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._prepare(tokens, options, Parser(), continuation=prompt != "")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text as `complete` reads it: with BOS at its beginning, if the model wants one."""
         bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
-        return self._prepare(bos + self.tokenizer.encode(prompt), options, Parser(), continuation=prompt != "")
+        return bos + self.tokenizer.encode(text)
 
     def _prepare(
         self, prompt: Sequence[int], options: Mapping[str, Any], parser: Parser, *, continuation: bool

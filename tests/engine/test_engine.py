@@ -121,12 +121,44 @@ def test_score_equals_a_float64_softmax_and_reads_its_prefix_from_the_cache() ->
     with Engine(executor, step_tokens=100, max_running=4) as engine:
         for start in (1, 150, 299):
             before = len(executor.batches)
-            scores = engine.score(ids, start=start)
+            scores = engine.score(ids, start=start).chosen
             for i in range(start, 300, 13):
                 exact = hash_logits(ids[:i]).astype(np.float64)
                 assert scores[i - start] == pytest.approx(exact[ids[i]] - np.log(np.exp(exact).sum()), abs=1e-6)
             computed = sum(len(batch.tokens) for batch in executor.batches[before:])
             assert computed == 299 - (start - 1) if start > 1 else computed == 299
+        assert_all_blocks_free(engine)
+
+
+def test_scores_come_with_the_likeliest_tokens_also_without_blocking() -> None:
+    ids = np.random.default_rng(1).integers(0, VOCAB, 300)
+    with Engine(HashExecutor(), step_tokens=100, max_running=4) as engine:
+        scores = asyncio.run(engine.ascore(ids, n_top=3))
+        np.testing.assert_allclose(scores.chosen, engine.score(ids).chosen, atol=1e-9)
+        for i in range(1, 300, 13):
+            exact = hash_logits(ids[:i]).astype(np.float64)
+            exact -= np.log(np.exp(exact).sum())
+            best = np.argsort(-exact)[:3]
+            assert [token for token, _ in scores.top[i - 1]] == best.tolist()
+            assert [value for _, value in scores.top[i - 1]] == pytest.approx(exact[best].tolist(), abs=1e-6)
+            if ids[i] in best:
+                assert scores.chosen[i - 1] in [value for _, value in scores.top[i - 1]]
+        assert_all_blocks_free(engine)
+
+
+def test_a_cancelled_score_ends_its_work() -> None:
+    gate = Gate()
+    with Engine(HashExecutor(on_step=gate), step_tokens=100, max_running=4) as engine:
+
+        async def run() -> None:
+            task = asyncio.ensure_future(engine.ascore([1] * 300))
+            await asyncio.to_thread(gate.entered.acquire)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(run())
+        gate.open(100)
         assert_all_blocks_free(engine)
 
 
@@ -235,7 +267,7 @@ def test_wrong_requests_are_refused_on_submission(
 
 def test_wrong_scores_are_refused() -> None:
     with Engine(HashExecutor(n_blocks=4)) as engine:
-        assert len(engine.score([1] * 65)) == 64
+        assert len(engine.score([1] * 65).chosen) == 64
         with pytest.raises(ContextError, match=r"66 tokens, of which 65 are read\) exceeds the context \(64"):
             engine.score([1] * 66)
         with pytest.raises(RequestError, match=r"start \(5\) must be from 1 to .* \(4\)"):

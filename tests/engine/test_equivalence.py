@@ -115,7 +115,7 @@ def test_logprobs_and_scores_equal_a_float64_softmax_of_the_uncached_logits() ->
     with Engine(tiny_executor(kv="f32"), step_tokens=16, max_running=4) as engine:
         outputs = list(engine.generate(Request(prompt=prompt, max_tokens=20, sampling=SAMPLING, logprobs=3)))
         text = prompt + [output.token for output in outputs]
-        scores = engine.score(text)
+        scores = engine.score(text).chosen
     exact = tiny_executor(kv="f32").step(Batch.single(text)).astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
     # 2e-5: float32 sums of up to 96 products in another order, through two layers, on logits of up to about 10.

@@ -70,3 +70,42 @@ def test_who_gives_up_at_the_moment_of_its_turn_passes_it_on() -> None:
         assert gate.running == 1
 
     asyncio.run(run())
+
+
+def test_several_answers_enter_together_or_not_at_all() -> None:
+    async def run() -> None:
+        gate = Gate(running=4, waiting=10)
+        singles = [gate.enter("a") for _ in range(4)]
+        for single in singles:
+            await single.__aenter__()
+        threes = [gate.enter(key, 3) for key in ("b", "c")]
+        pair = [asyncio.ensure_future(three.__aenter__()) for three in threes]
+        await settle()
+        for single in singles:  # were their places given one by one, both would wait for ever
+            await single.__aexit__(None, None, None)
+            await settle()
+        assert [task.done() for task in pair] == [True, False]
+        assert (gate.running, gate.waiting) == (3, 1)
+        with pytest.raises(Problem, match=r"5 answers at once are more than this server computes \(4\)"):
+            await gate.enter("a", 5).__aenter__()
+        pair[1].cancel()
+        await settle()
+        assert (gate.running, gate.waiting) == (3, 0)
+
+    asyncio.run(run())
+
+
+def test_a_large_one_that_gives_up_lets_in_those_behind_it() -> None:
+    async def run() -> None:
+        gate = Gate(running=2, waiting=10)
+        first = gate.enter("a")
+        await first.__aenter__()
+        turns = [gate.enter("b", 2), gate.enter("c")]
+        large, small = (asyncio.ensure_future(turn.__aenter__()) for turn in turns)
+        await settle()
+        assert not small.done()
+        large.cancel()
+        await settle()
+        assert small.done()
+
+    asyncio.run(run())

@@ -5,7 +5,7 @@ files; the layer above (dapji.model) turns messages into ids and ids into text. 
 """
 
 from dapji.engine.engine import AsyncStream, Engine, Stream
-from dapji.engine.request import Finish, Logprobs, Output, Request, Sampling, Timings, Usage
+from dapji.engine.request import Finish, Logprobs, Output, Request, Sampling, Scores, Timings, Usage
 from dapji.engine.stop import StopStrings
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Output",
     "Request",
     "Sampling",
+    "Scores",
     "StopStrings",
     "Stream",
     "Timings",

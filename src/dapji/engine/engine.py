@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.engine.generation import Generation, Job, Scoring
-from dapji.engine.request import Output, Request
+from dapji.engine.request import Output, Request, Scores
 from dapji.engine.scheduler import Chunk, Scheduler
 from dapji.errors import ContextError, RequestError, UsageError
 from dapji.ops.batch import KV_BLOCK
@@ -192,33 +192,41 @@ class Engine:
         """`generate` for the running asyncio loop."""
         return AsyncStream(self, lambda deliver: self._submit_generation(request, deliver))
 
-    def score(self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1) -> NDArray[np.float64]:
-        """ln p(tokens[i] | tokens[:i]) for i from `start` (>= 1) on: [len(tokens) - start] float64.
+    def score(self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0) -> Scores:
+        """ln p(tokens[i] | tokens[:i]) for i from `start` (>= 1) on, and the n_top likeliest tokens at each.
 
         Runs in chunks, in the same steps as other requests; a prefix before `start` is read from the cache if it is
         there. Raises like `generate`.
         """
-        if not 1 <= start < len(tokens):
-            raise RequestError(f"start ({start}) must be from 1 to the number of tokens less one ({len(tokens) - 1})")
-        ids = self._token_ids("tokens", tokens)
-        if len(ids) - 1 > self.context:
-            raise ContextError(
-                f"the text ({len(ids)} tokens, of which {len(ids) - 1} are read) exceeds the context "
-                f"({self.context} tokens)",
-                hint="score it in pieces, or open the model with a longer context",
-            )
         queue: SimpleQueue[object] = SimpleQueue()
-        job = Scoring(ids, start=start, deliver=queue.put)
-        self._submit(job)
+        job = self._submit_scoring(tokens, start, n_top, queue.put)
         try:
-            result = queue.get()
+            return _scores(queue.get())
         except BaseException:
             self._cancel(job)
             raise
-        if isinstance(result, BaseException):
-            raise result
-        assert isinstance(result, np.ndarray)
-        return result
+
+    async def ascore(self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0) -> Scores:
+        """`score` for the running asyncio loop. Cancelling it ends the work."""
+        import asyncio  # as in AsyncStream
+
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[object] = loop.create_future()
+
+        def tell(item: object) -> None:
+            if not result.done():
+                result.set_result(item)
+
+        def deliver(item: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(tell, item)
+
+        job = self._submit_scoring(tokens, start, n_top, deliver)
+        try:
+            return _scores(await result)
+        except BaseException:
+            self._cancel(job)
+            raise
 
     def close(self) -> None:
         """Waits for the step under way, ends what still runs with a UsageError, stops the thread. May be repeated."""
@@ -255,6 +263,24 @@ class Engine:
             speculate=self._speculate,
             deliver=deliver,
         )
+        self._submit(job)
+        return job
+
+    def _submit_scoring(
+        self, tokens: Sequence[int] | NDArray[np.integer], start: int, n_top: int, deliver: Callable[[object], None]
+    ) -> Scoring:
+        if not 1 <= start < len(tokens):
+            raise RequestError(f"start ({start}) must be from 1 to the number of tokens less one ({len(tokens) - 1})")
+        if not 0 <= n_top <= self._vocab_size:
+            raise RequestError(f"n_top ({n_top}) must be from 0 to the vocabulary's {self._vocab_size}")
+        ids = self._token_ids("tokens", tokens)
+        if len(ids) - 1 > self.context:
+            raise ContextError(
+                f"the text ({len(ids)} tokens, of which {len(ids) - 1} are read) exceeds the context "
+                f"({self.context} tokens)",
+                hint="score it in pieces, or open the model with a longer context",
+            )
+        job = Scoring(ids, start=start, n_top=n_top, deliver=deliver)
         self._submit(job)
         return job
 
@@ -373,3 +399,11 @@ class Engine:
                 self._scheduler.remove(job)
         for job in jobs:
             job.deliver(error)
+
+
+def _scores(result: object) -> Scores:
+    """What a scoring job delivered; raises what ended it."""
+    if isinstance(result, BaseException):
+        raise result
+    assert isinstance(result, Scores)
+    return result

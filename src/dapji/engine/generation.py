@@ -12,7 +12,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from dapji.engine.request import Finish, Output, Request, Timings, Usage
+from dapji.engine.request import Finish, Output, Request, Scores, Timings, Usage
 from dapji.engine.sampling import Sampler, log_probability, logprobs
 from dapji.engine.scheduler import Sequence
 from dapji.engine.speculation import Speculation
@@ -136,19 +136,30 @@ class Generation(Job):
 
 
 class Scoring(Job):
-    """Delivers, once, the log-probability of each token from `start` on given those before it, float64."""
+    """Delivers, once, the `Scores` of the tokens from `start` on."""
 
-    def __init__(self, tokens: NDArray[np.int32], *, start: int, deliver: Callable[[object], None]) -> None:
+    def __init__(self, tokens: NDArray[np.int32], *, start: int, n_top: int, deliver: Callable[[object], None]) -> None:
         # Position p's logits speak of token p + 1: the last token need not be computed.
         super().__init__(tokens[:-1], length=len(tokens) - 1, wanted=start - 1, deliver=deliver)
         self._targets = tokens[1:]
         self._first = start - 1
-        self._result = np.empty(len(tokens) - start, dtype=np.float64)
+        self._n_top = n_top
+        self._chosen = np.empty(len(tokens) - start, dtype=np.float64)
+        self._top: list[tuple[tuple[int, float], ...]] = []
 
-    def accept(self, logits: NDArray[np.float32]) -> Iterator[NDArray[np.float64]]:
+    def accept(self, logits: NDArray[np.float32]) -> Iterator[Scores]:
         first, end = self.wanted, self.wanted + len(logits)
-        self._result[first - self._first : end - self._first] = log_probability(logits, self._targets[first:end])
+        chosen = self._chosen[first - self._first : end - self._first]
+        targets = self._targets[first:end]
+        if self._n_top:
+            # Both from one computation: the likeliest token's value is the same to the last bit in either place.
+            each = [logprobs(row, int(token), self._n_top) for row, token in zip(logits, targets, strict=True)]
+            chosen[:] = [one.chosen for one in each]
+            self._top += [one.top for one in each]
+        else:
+            chosen[:] = log_probability(logits, targets)
+            self._top += [()] * len(logits)
         self.wanted = end
         if self.wanted == self.length:
             self.done = True
-            yield self._result
+            yield Scores(chosen=self._chosen, top=self._top)

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: `Request`, `Sampling`; `Output`, `Finish`, `Usage`, `Timings`.
+"""What goes into an engine and comes out: `Request`, `Sampling`, `Output`, `Finish`, `Usage`, `Timings`, `Scores`.
 
 Plain data, checked on creation against everything that can be checked without a model. Token ids only: knows neither
 text nor templates. What depends on the model (vocabulary, context) is checked by `Engine`.
@@ -144,6 +144,16 @@ class Logprobs:
     """Of the token that was generated."""
     top: tuple[tuple[int, float], ...]
     """The likeliest tokens, likeliest first, as (id, log-probability); ties by id."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scores:
+    """Of a text's tokens given those before them; natural logarithms of the model's own distribution."""
+
+    chosen: NDArray[np.float64]
+    """[n]: of each token of the text."""
+    top: Sequence[tuple[tuple[int, float], ...]]
+    """[n]: the likeliest tokens in its place, as in `Logprobs`; none where none were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

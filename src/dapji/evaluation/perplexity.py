@@ -61,7 +61,7 @@ def perplexity(
         ids = list(tokens[i * chunk : (i + 1) * chunk])
         if bos_id is not None:
             ids[0] = bos_id
-        losses[i] = -engine.score(ids, start=chunk // 2 + 1)
+        losses[i] = -engine.score(ids, start=chunk // 2 + 1).chosen
         if np.isnan(losses[i]).any():
             raise FormatError(f"chunk {i}: the model's logits are not numbers", hint="its weights are probably damaged")
         if progress is not None:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from dapji import __version__
 from dapji.errors import DapjiError
 from dapji.server.guard import Guard
-from dapji.server.openai import chat, models, tokens
+from dapji.server.openai import chat, completions, models, tokens
 from dapji.server.openai.common import problem_body
 from dapji.server.problem import Problem
 from dapji.server.registry import Registry
@@ -43,6 +43,7 @@ def create_app(
             Route("/v1/models", models.index),
             Route("/v1/models/{name:path}", models.show),
             Route("/v1/chat/completions", chat.create, methods=["POST"]),
+            Route("/v1/completions", completions.create, methods=["POST"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 from dapji.server.problem import Problem
 
@@ -21,7 +22,7 @@ class Gate:
         """running: most requests at once. waiting: most that wait beside them, of all keys together."""
         self._room = running
         self._most_waiting = waiting
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # keys in the order of their turns
+        self._queues: dict[str, deque[_Turn]] = {}  # keys in the order of their turns
         self.running = 0
 
     @property
@@ -30,20 +31,19 @@ class Gate:
 
     @asynccontextmanager
     async def enter(self, key: str, n: int = 1) -> AsyncIterator[None]:
-        """Waits for a turn of n requests that run together. Raises Problem where too many wait already."""
-        entered = 0
+        """Waits for a turn of n requests that run together: let in as a whole, so that none holds some places and waits
+        for the others. Raises Problem where too many wait already, or n never fit."""
+        if n > self._room:
+            raise Problem("invalid_request", f"{n} answers at once are more than this server computes ({self._room})")
+        await self._wait(key, n)
         try:
-            while entered < n:
-                await self._wait(key)
-                entered += 1
             yield
         finally:
-            for _ in range(entered):
-                self._leave()
+            self._leave(n)
 
-    async def _wait(self, key: str) -> None:
-        if self.running < self._room and not self._queues:
-            self.running += 1
+    async def _wait(self, key: str, n: int) -> None:
+        if self.running + n <= self._room and not self._queues:
+            self.running += n
             return
         if self.waiting >= self._most_waiting:
             raise Problem(
@@ -51,29 +51,41 @@ class Gate:
                 f"{self.running} requests run and {self.waiting} wait, which is all that this server takes",
                 headers={"Retry-After": str(RETRY_AFTER)},
             )
-        turn = asyncio.get_running_loop().create_future()
+        turn = _Turn(asyncio.get_running_loop().create_future(), n)
         self._queues.setdefault(key, deque()).append(turn)
         try:
-            await turn
+            await turn.come
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave()  # it was let in, but is gone
+            if turn.come.done() and not turn.come.cancelled():
+                self._leave(n)  # it was let in, but is gone
             else:
                 self._remove(key, turn)
             raise
 
-    def _remove(self, key: str, turn: asyncio.Future[None]) -> None:
+    def _remove(self, key: str, turn: _Turn) -> None:
         self._queues[key].remove(turn)
         if not self._queues[key]:
             del self._queues[key]
+        self._let_in()
 
-    def _leave(self) -> None:
-        self.running -= 1
-        if self._queues:
-            key = next(iter(self._queues))
-            queue = self._queues.pop(key)
+    def _leave(self, n: int) -> None:
+        self.running -= n
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Those whose turn it is, as long as the next one fits."""
+        while self._queues:
+            key, queue = next(iter(self._queues.items()))
+            if self.running + queue[0].n > self._room:
+                return
             turn = queue.popleft()
+            del self._queues[key]
             if queue:
                 self._queues[key] = queue  # its next turn comes after those of all others
-            self.running += 1
-            turn.set_result(None)
+            self.running += turn.n
+            turn.come.set_result(None)
+
+
+class _Turn(NamedTuple):
+    come: asyncio.Future[None]
+    n: int

@@ -14,7 +14,9 @@ class Settings:
     max_body: int = 8 << 20
     """Bytes of a request."""
     max_choices: int = 16
-    """Answers to one prompt."""
+    """Answers to one request: prompts times n."""
+    max_top: int = 100
+    """Likeliest tokens told for each token."""
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Names under which the server may be addressed; a page of another name that points here is refused (DNS
     rebinding)."""

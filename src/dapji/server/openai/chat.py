@@ -16,7 +16,16 @@ from dapji.chat.formats import Content, Event, Reasoning, ToolCall
 from dapji.chat.grammar import Grammar
 from dapji.errors import DapjiError
 from dapji.model import AsyncReply
-from dapji.server.openai.common import Drawn, identifier, key_of, logprob_objects, problem_body, sampling_of, usage_of
+from dapji.server.openai.common import (
+    Drawn,
+    StreamOptions,
+    identifier,
+    key_of,
+    logprob_objects,
+    problem_body,
+    sampling_of,
+    usage_of,
+)
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
 from dapji.server.wire import Strict, event, event_stream, json_response, merged, read, while_connected
@@ -70,11 +79,6 @@ class Function(Strict):
 class Tool(Strict):
     function: Function
     type: Literal["function"] = "function"
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
 
 
 class PlainText(Strict, tag_field="type", tag="text"):

@@ -31,6 +31,11 @@ class Drawn(Strict):
     repetition_penalty: float | None = None
 
 
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
 _NEGATIVE_SEEDS = 1 << 64
 """OpenAI's seeds are signed; -1 is the last of ours."""
 
@@ -67,15 +72,16 @@ def key_of(request: Request) -> str:
     return key
 
 
-def usage_of(replies: Sequence[AsyncReply]) -> dict[str, Any]:
-    """Of answers to one prompt that have ended."""
+def usage_of(replies: Sequence[AsyncReply], *, n: int | None = None) -> dict[str, Any]:
+    """Of answers that have ended, n to each prompt; None: all to one."""
     usages = [reply.finish.usage for reply in replies if reply.finish is not None]
-    prompt, generated = usages[0].prompt, sum(usage.generated for usage in usages)
+    prompts = usages[:: n or len(usages)]
+    prompt, generated = sum(usage.prompt for usage in prompts), sum(usage.generated for usage in usages)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": usages[0].cached},
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached for usage in prompts)},
     }
 
 

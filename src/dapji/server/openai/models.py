@@ -28,6 +28,7 @@ def _described(served: Served, service: Service) -> dict[str, Any]:
     limits: dict[str, Any] = {
         "max_body_bytes": settings.max_body,
         "max_choices": settings.max_choices,
+        "max_top_logprobs": settings.max_top,
         "max_running": settings.max_running,
         "max_waiting": settings.max_waiting,
         "context": None if served.model is None else served.model.engine.context,

@@ -41,9 +41,7 @@ async def tokenize(request: Request) -> Response:
                 messages = [message_of(i, message) for i, message in enumerate(asked.messages)]
                 return model.template.prompt(messages)
             assert asked.prompt is not None
-            ids = model.tokenizer.encode(asked.prompt)
-            bos = model.tokenizer.bos_id if model.tokenizer.add_bos and asked.add_special_tokens else None
-            return ids if bos is None else [bos, *ids]
+            return model.encode(asked.prompt) if asked.add_special_tokens else model.tokenizer.encode(asked.prompt)
 
         tokens = await asyncio.to_thread(encode)
         body: dict[str, Any] = {"model": name, "tokens": tokens, "count": len(tokens)}
