@@ -230,6 +230,29 @@ def test_variables_reach_the_template(model: Model, tmp_path: Path) -> None:
         assert usages[1] == usages[0] + 2
 
 
+def test_reasoning_is_asked_for_where_the_template_lets_one_choose(tmp_path: Path) -> None:
+    asked = "{{ enable_thinking if enable_thinking is defined }}{{ reasoning_effort }}"
+    for template, wanted, written in [
+        (CHATML + asked, True, "True"),
+        (CHATML + asked, False, "False"),
+        (CHATML + asked, "high", "high"),
+        (CHATML + "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}", True, "True"),
+        (CHATML, False, ""),
+        (THINKING, True, "<think>\n"),
+        (CHATML, True, None),
+        (CHATML, "high", None),
+        (THINKING, False, None),
+    ]:
+        path = write_tiny(tmp_path / "tiny.gguf", SCRIPT, template=template)
+        with dapji.load(path, executor="reference") as model:
+            if written is None:
+                with pytest.raises(TemplateError, match="this model's chat template has no"):
+                    model.prepare_chat(QUESTION, thinking=wanted)
+                continue
+            prompt = model.tokenizer.decode(model.prepare_chat(QUESTION, thinking=wanted).request.prompt)
+            assert prompt.endswith(f"assistant\n{written}"), template
+
+
 # Options
 
 

@@ -204,15 +204,18 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        thinking: bool | str | None = None,
         **options: Any,
     ) -> Reply:
         """The answer to a conversation of {"role", "content"} messages; options as in `options`.
 
         tools: what the model may call, each {"type": "function", "function": {"name", "description", "parameters"}}
-        with a JSON schema as parameters. variables: what else the template reads, such as enable_thinking.
+        with a JSON schema as parameters. variables: what else the template reads. thinking: whether the model reasons
+        before it answers, or how much (low, medium, high), where its template lets one choose; None: as it does.
         Raises TemplateError, RequestError, ContextError.
         """
-        return Reply(self.engine, self.prepare_chat(messages, tools=tools, variables=variables, **options))
+        prepared = self.prepare_chat(messages, tools=tools, variables=variables, thinking=thinking, **options)
+        return Reply(self.engine, prepared)
 
     def complete(self, text: str, **options: Any) -> Reply:
         """What follows `text`, without a chat template: control tokens in it are plain text. Raises like `chat`."""
@@ -224,10 +227,12 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        thinking: bool | str | None = None,
         **options: Any,
     ) -> Prepared:
         """All of `chat` but its answer: for `AsyncReply`."""
-        rendered = self.template.render(messages, tools=tools, **(variables or {}))
+        chosen = {} if thinking is None else self.template.reasoning(thinking, tools=tools)
+        rendered = self.template.render(messages, tools=tools, **chosen | dict(variables or {}))
         parser = self.template.parser(rendered, tools=tools)
         return self._prepare(self.template.encode(rendered), options, parser, continuation=False)
 
@@ -301,6 +306,11 @@ class _Text:
             self.pieces.append([_Piece(self._stop.feed(self._detokenizer.push(token)), False)])
         return self._stop.found is not None
 
+    @property
+    def stop_string(self) -> str | None:
+        """The one that was found."""
+        return self._stop.found
+
     def end(self) -> list[_Piece]:
         """What was held back, when no more tokens come; nothing after a stop string."""
         return [_Piece(self._stop.feed(self._detokenizer.flush()) + self._stop.flush(), False)]
@@ -330,9 +340,16 @@ class _Answer:
         """One for each token, where they were asked for."""
         self.finish: Finish | None = None
         """Why and how it ended; None while it runs, and when it was closed before."""
+        self.prompt_length = len(prepared.request.prompt)
+        """Tokens."""
         self._text = prepared.text
         self._parser = prepared.parser
         self._events: deque[Event] = deque()
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._text.stop_string
 
     def _read(self, output: Output) -> None:
         self.tokens.append(output.token)

@@ -11,7 +11,14 @@ from server_running import Running, Start
 from dapji.model import load
 from dapji.server.registry import Registry
 from dapji.server.settings import Settings
-from tiny import COUNTING, SCRIPT, write_tiny
+from tiny import CHATML, COUNTING, SCRIPT, THOUGHTFUL, write_tiny
+
+CALLING = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML + "{# <tool_call> #}"
+CALL = ["잠시만요.", "<tool_call>", '{"name": "weather", ', '"arguments": {"city": "서울"}}', "</tool_call>"]
+SWITCHED = CHATML.replace(
+    "assistant\n{%", "assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{%"
+)
+"""Of a model whose reasoning may be turned off."""
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +39,12 @@ def start_server(models: list[Path]) -> Iterator[Start]:
     def start(
         settings: Settings | None = None,
         *,
+        paths: list[Path] | None = None,
         memory: int | None = None,
         context: int = 512,
         key_name: Callable[[str], str | None] | None = None,
     ) -> Running:
-        registry = Registry(models, load=lambda path: load(path, context=context), memory=memory)
+        registry = Registry(paths or models, load=lambda path: load(path, context=context), memory=memory)
         running.append(Running(registry, settings or Settings(), key_name))
         return running[-1]
 
@@ -49,3 +57,14 @@ def start_server(models: list[Path]) -> Iterator[Start]:
 def server(start_server: Start) -> Running:
     """The plain one, that tests share."""
     return start_server()
+
+
+@pytest.fixture(scope="session")
+def agents(start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """A server with `caller`, which says "잠시만요." and calls a tool, and `thinker`, which reasons if it is let."""
+    folder = tmp_path_factory.mktemp("agents")
+    paths = [
+        write_tiny(folder / "caller.gguf", CALL, template=CALLING, control=["<tool_call>", "</tool_call>"]),
+        write_tiny(folder / "thinker.gguf", THOUGHTFUL, template=SWITCHED + "{# </think> #}"),
+    ]
+    return start_server(paths=paths)

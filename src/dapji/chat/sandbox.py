@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.compiler
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import jinja2.utils
 from jinja2 import nodes
@@ -451,6 +452,8 @@ class Template:
         self._seconds = seconds
         try:
             self._template = self._environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(source)))
+            """Names that it reads from outside."""
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template cannot be read: line {error.lineno}: {error.message}") from error
         except Exception as error:  # a hostile source also reaches Python's limits on nesting

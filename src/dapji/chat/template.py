@@ -21,6 +21,10 @@ MAX_DEPTH = 64
 """Of lists and mappings in messages, tools, documents and variables."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send an earlier answer's reasoning; templates read the first, gpt-oss's the second."""
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables that turn reasoning on and off; the first that a template reads."""
+_EFFORT = "reasoning_effort"
+"""The variable that says how much to reason: low, medium or high."""
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -107,6 +111,35 @@ class ChatTemplate:
                 hint="describe them in a message, and look for calls in the answer's text",
             )
         return AnswerFormat.of(source).parser(rendered, tools=tools, control=self._tokenizer.control)
+
+    def reasoning(
+        self, wanted: bool | str, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None
+    ) -> dict[str, Any]:
+        """Variables that turn reasoning on or off, or ask for an effort, in the template that tools and name choose.
+
+        Raises TemplateError where it does not do what is wanted and cannot be told to.
+        """
+        chosen = self._chosen(name, bool(tools))
+        read = self._template(chosen).variables
+        if isinstance(wanted, str):
+            if _EFFORT not in read:
+                raise TemplateError(
+                    f"this model's chat template has no efforts of reasoning, so {wanted!r} cannot be asked for",
+                    hint="turn reasoning on or off, or leave it as it is",
+                )
+            return {_EFFORT: wanted}
+        switch = next((switch for switch in _SWITCHES if switch in read), None)
+        if switch is not None:
+            return {switch: wanted}
+        reasons = AnswerFormat.of(self._sources[chosen]).reasoning is not None
+        if reasons != wanted:
+            raise TemplateError(
+                "this model's chat template has no place for reasoning"
+                if wanted
+                else "this model's chat template has no switch for reasoning, so it cannot be turned off",
+                hint="leave it as it is",
+            )
+        return {}
 
     def _chosen(self, name: str | None, with_tools: bool) -> str:
         """The name of the template to use."""

@@ -15,10 +15,12 @@ from starlette.routing import Route
 
 from dapji import __version__
 from dapji.errors import DapjiError
+from dapji.server.anthropic import messages
+from dapji.server.anthropic import models as anthropic_models
 from dapji.server.guard import Guard
 from dapji.server.openai import chat, completions, models, tokens
-from dapji.server.openai.common import problem_body
-from dapji.server.problem import Problem
+from dapji.server.problem import Kind, Problem
+from dapji.server.protocols import problem_response, speaks_anthropic
 from dapji.server.registry import Registry
 from dapji.server.service import Service
 from dapji.server.settings import Settings
@@ -40,10 +42,12 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/health", _health),
-            Route("/v1/models", models.index),
-            Route("/v1/models/{name:path}", models.show),
+            Route("/v1/models", _models),
+            Route("/v1/models/{name:path}", _model),
             Route("/v1/chat/completions", chat.create, methods=["POST"]),
             Route("/v1/completions", completions.create, methods=["POST"]),
+            Route("/v1/messages", messages.create, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],
@@ -59,9 +63,17 @@ async def _health(request: Request) -> Response:
     return json_response({"status": "ok", "version": __version__})
 
 
+async def _models(request: Request) -> Response:
+    return await (anthropic_models.index if speaks_anthropic(request.scope) else models.index)(request)
+
+
+async def _model(request: Request) -> Response:
+    return await (anthropic_models.show if speaks_anthropic(request.scope) else models.show)(request)
+
+
 async def _problem(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)
-    return json_response(problem_body(problem), status=problem.status, headers=problem.headers)
+    return problem_response(request.scope, problem)
 
 
 async def _error(request: Request, error: Exception) -> Response:
@@ -72,8 +84,10 @@ async def _error(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    body = problem_body(Problem("not_found" if error.status_code == 404 else "invalid_request", message))
-    return json_response(body, status=error.status_code, headers=dict(error.headers or {}))
+    kind: Kind = "not_found" if error.status_code == 404 else "invalid_request"
+    return problem_response(
+        request.scope, Problem(kind, message, headers=dict(error.headers or {})), status=error.status_code
+    )
 
 
 async def _failure(request: Request, error: Exception) -> Response:

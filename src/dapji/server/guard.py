@@ -8,10 +8,9 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dapji.server.openai.common import problem_body
 from dapji.server.problem import Problem
+from dapji.server.protocols import problem_response
 from dapji.server.settings import Settings
-from dapji.server.wire import json_response
 
 OPEN_PATHS = ("/health",)
 """Answered to anybody who may address the server."""
@@ -33,8 +32,7 @@ class Guard:
         try:
             scope.setdefault("state", {})["key"] = self._check(scope)
         except Problem as problem:
-            answer = json_response(problem_body(problem), status=problem.status, headers=problem.headers)
-            await answer(scope, receive, send)
+            await problem_response(scope, problem)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

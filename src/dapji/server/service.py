@@ -27,6 +27,15 @@ class Answers:
     model: Model
     replies: Sequence[AsyncReply]
 
+    async def end(self) -> None:
+        """Waits until all have ended. Raises what ended one, if it was an error."""
+        await asyncio.gather(*map(_read, self.replies))
+
+
+async def _read(reply: AsyncReply) -> None:
+    async for _ in reply.events():
+        pass
+
 
 class Service:
     """For one asyncio loop."""

@@ -102,10 +102,12 @@ class Streamed(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def event_stream(parts: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]) -> Streamed:
-    """Server-sent events."""
+def event_stream(
+    parts: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str], sign: bytes = b": still here\n\n"
+) -> Streamed:
+    """Server-sent events. sign: what says that the stream lives; by default a comment, which clients skip."""
     kept = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-    return Streamed(_alive(parts, b": still here\n\n"), stack, media_type="text/event-stream", headers=kept)
+    return Streamed(_alive(parts, sign), stack, media_type="text/event-stream", headers=kept)
 
 
 def line_stream(parts: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]) -> Streamed:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -16,21 +15,19 @@ from dapji.chat.formats import Content, Event, Reasoning, ToolCall
 from dapji.chat.grammar import Grammar
 from dapji.errors import DapjiError
 from dapji.model import AsyncReply
-from dapji.server.openai.common import (
-    Drawn,
-    StreamOptions,
+from dapji.server.answering import (
+    JsonObject,
+    answered_in_parts,
+    answered_whole,
     identifier,
+    ignored_fields,
     key_of,
-    logprob_objects,
-    problem_body,
-    sampling_of,
-    usage_of,
+    template_call,
 )
+from dapji.server.openai.common import Drawn, StreamOptions, logprob_objects, problem_body, sampling_of, usage_of
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import Strict, event, event_stream, json_response, merged, read, while_connected
-
-JsonObject = dict[str, Any]
+from dapji.server.wire import Strict, event, event_stream, merged, read
 
 
 class TextPart(Strict, tag_field="type", tag="text"):
@@ -140,14 +137,12 @@ class Asked(Drawn, kw_only=True):
 async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
-    headers = {"Dapji-Ignored-Fields": ", ".join(left_out)} if left_out else {}
     messages, options = [message_of(i, message) for i, message in enumerate(asked.messages)], _options(asked)
     answers = service.chat(key_of(request), asked.model, messages, n=asked.n, **options)
-    if not asked.stream:
-        return await while_connected(request, asyncio.ensure_future(_whole(asked, answers, headers)))
-    async with AsyncExitStack() as stack:
-        opened = await stack.enter_async_context(answers)  # what is wrong shows before the first byte
-        return event_stream(_streamed(asked, opened), stack.pop_all(), headers)
+    headers = ignored_fields(left_out)
+    if asked.stream:
+        return await answered_in_parts(answers, partial(_streamed, asked), event_stream, headers)
+    return await answered_whole(request, answers, partial(_whole, asked), headers)
 
 
 def message_of(index: int, message: Message) -> JsonObject:
@@ -177,7 +172,7 @@ def _told_call(message: int, index: int, call: Call) -> JsonObject:
     except msgspec.DecodeError as error:
         where = f"messages[{message}].tool_calls[{index}].function.arguments"
         raise Problem("invalid_request", f"{where} is not JSON: {error}", where) from None
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return template_call(call.function.name, arguments, call.id)
 
 
 def _options(asked: Asked) -> JsonObject:
@@ -206,33 +201,26 @@ def _grammar(wanted: ResponseFormat | None) -> Grammar | None:
     return None
 
 
-async def _drain(reply: AsyncReply) -> None:
-    async for _ in reply.events():
-        pass
-
-
-async def _whole(asked: Asked, answers: AbstractAsyncContextManager[Answers], headers: dict[str, str]) -> Response:
-    async with answers as opened:
-        await asyncio.gather(*map(_drain, opened.replies))
-        choices = []
-        for i, reply in enumerate(opened.replies):
-            message: JsonObject = {"role": "assistant", "content": reply.text, "refusal": None}
-            if reply.reasoning:
-                message["reasoning_content"] = reply.reasoning
-            if reply.tool_calls:
-                message["content"] = reply.text or None
-                message["tool_calls"] = [_call(call) for call in reply.tool_calls]
-            choice = {"index": i, "message": message, "finish_reason": _reason(reply), "logprobs": None}
-            choices.append(choice | _logprobs(asked, opened, reply, 0))
-        body = {
-            "id": identifier("chatcmpl"),
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": opened.name,
-            "choices": choices,
-            "usage": usage_of(opened.replies),
-        }
-    return json_response(body, headers=headers)
+async def _whole(asked: Asked, opened: Answers) -> JsonObject:
+    await opened.end()
+    choices = []
+    for i, reply in enumerate(opened.replies):
+        message: JsonObject = {"role": "assistant", "content": reply.text, "refusal": None}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if reply.tool_calls:
+            message["content"] = reply.text or None
+            message["tool_calls"] = [_call(call) for call in reply.tool_calls]
+        choice = {"index": i, "message": message, "finish_reason": _reason(reply), "logprobs": None}
+        choices.append(choice | _logprobs(asked, opened, reply, 0))
+    return {
+        "id": identifier("chatcmpl"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": opened.name,
+        "choices": choices,
+        "usage": usage_of(opened.replies),
+    }
 
 
 async def _streamed(asked: Asked, opened: Answers) -> AsyncIterator[bytes]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
-
-from starlette.requests import Request
 
 from dapji.engine import Logprobs
 from dapji.model import AsyncReply
@@ -60,16 +57,6 @@ def problem_body(problem: Problem) -> dict[str, Any]:
             "code": problem.code,
         }
     }
-
-
-def identifier(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
-
-
-def key_of(request: Request) -> str:
-    """Whose turn it is."""
-    key: str = getattr(request.state, "key", "")
-    return key
 
 
 def usage_of(replies: Sequence[AsyncReply], *, n: int | None = None) -> dict[str, Any]:

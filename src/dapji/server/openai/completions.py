@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,13 +16,19 @@ from dapji.chat.formats import Content
 from dapji.engine import Scores
 from dapji.errors import DapjiError
 from dapji.model import AsyncReply, Model
-from dapji.server.openai.common import Drawn, StreamOptions, identifier, key_of, problem_body, sampling_of, usage_of
+from dapji.server.answering import (
+    JsonObject,
+    answered_in_parts,
+    answered_whole,
+    identifier,
+    ignored_fields,
+    key_of,
+)
+from dapji.server.openai.common import Drawn, StreamOptions, problem_body, sampling_of, usage_of
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
 from dapji.server.wire import event, event_stream, json_response, merged, read, while_connected
 from dapji.tokenizer import Detokenizer, Tokenizer
-
-JsonObject = dict[str, Any]
 
 
 class Asked(Drawn, kw_only=True):
@@ -55,7 +61,7 @@ class Echo:
 async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
-    headers = {"Dapji-Ignored-Fields": ", ".join(left_out)} if left_out else {}
+    headers = ignored_fields(left_out)
     prompts, options = _prompts(asked.prompt), _options(asked)
     key = key_of(request)
     echoes = None
@@ -64,11 +70,9 @@ async def create(request: Request) -> Response:
     if asked.max_tokens == 0:
         return await _scored(service, asked, echoes, headers)
     answers = service.complete(key, asked.model, *prompts, n=asked.n, **options)
-    if not asked.stream:
-        return await while_connected(request, asyncio.ensure_future(_whole(asked, answers, echoes, headers)))
-    async with AsyncExitStack() as stack:
-        opened = await stack.enter_async_context(answers)  # what is wrong shows before the first byte
-        return event_stream(_streamed(asked, opened, echoes), stack.pop_all(), headers)
+    if asked.stream:
+        return await answered_in_parts(answers, partial(_streamed, asked, echoes), event_stream, headers)
+    return await answered_whole(request, answers, partial(_whole, asked, echoes), headers)
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -212,33 +216,20 @@ async def _scored(service: Service, asked: Asked, echoes: Sequence[Echo] | None,
     return json_response(_head(name) | {"choices": told, "usage": usage}, headers=headers)
 
 
-async def _whole(
-    asked: Asked,
-    answers: AbstractAsyncContextManager[Answers],
-    echoes: Sequence[Echo] | None,
-    headers: dict[str, str],
-) -> Response:
-    async with answers as opened:
-        async for _ in merged([reply.events() for reply in opened.replies]):
-            pass
-        told = []
-        choices = _choices(asked, opened.model, echoes, len(opened.replies))
-        for i, (choice, reply) in enumerate(zip(choices, opened.replies, strict=True)):
-            assert reply.finish is not None
-            logprobs = _joined(choice.logprobs, choice.answer(reply))
-            told.append(
-                {
-                    "index": i,
-                    "text": choice.text + reply.text,
-                    "finish_reason": reply.finish.reason,
-                    "logprobs": logprobs,
-                }
-            )
-        body = _head(opened.name) | {"choices": told, "usage": usage_of(opened.replies, n=asked.n)}
-    return json_response(body, headers=headers)
+async def _whole(asked: Asked, echoes: Sequence[Echo] | None, opened: Answers) -> JsonObject:
+    await opened.end()
+    told = []
+    choices = _choices(asked, opened.model, echoes, len(opened.replies))
+    for i, (choice, reply) in enumerate(zip(choices, opened.replies, strict=True)):
+        assert reply.finish is not None
+        logprobs = _joined(choice.logprobs, choice.answer(reply))
+        told.append(
+            {"index": i, "text": choice.text + reply.text, "finish_reason": reply.finish.reason, "logprobs": logprobs}
+        )
+    return _head(opened.name) | {"choices": told, "usage": usage_of(opened.replies, n=asked.n)}
 
 
-async def _streamed(asked: Asked, opened: Answers, echoes: Sequence[Echo] | None) -> AsyncIterator[bytes]:
+async def _streamed(asked: Asked, echoes: Sequence[Echo] | None, opened: Answers) -> AsyncIterator[bytes]:
     usage = asked.stream_options is not None and asked.stream_options.include_usage
     head = _head(opened.name) | ({"usage": None} if usage else {})
 

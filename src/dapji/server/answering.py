@@ -1,0 +1,76 @@
+"""What every protocol does alike between a request and its answer; only the forms of both are its own."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dapji.server.service import Answers
+from dapji.server.wire import Streamed, json_response, while_connected
+
+JsonObject = dict[str, Any]
+
+
+def key_of(request: Request) -> str:
+    """Whose turn it is."""
+    key: str = getattr(request.state, "key", "")
+    return key
+
+
+def identifier(kind: str, separator: str = "-") -> str:
+    return f"{kind}{separator}{secrets.token_hex(12)}"
+
+
+def ignored_fields(names: list[str]) -> dict[str, str]:
+    """The header that tells what of a request was left out, if anything was."""
+    return {"Dapji-Ignored-Fields": ", ".join(names)} if names else {}
+
+
+def template_call(name: str, arguments: Mapping[str, Any], id: str | None = None) -> JsonObject:
+    """A call of a tool in an assistant's message, as templates read it."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return call if id is None else {"id": id} | call
+
+
+def template_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> JsonObject:
+    """A tool that may be called, as templates read it."""
+    described: JsonObject = {"name": name}
+    if description is not None:
+        described["description"] = description
+    if parameters is not None:
+        described["parameters"] = parameters
+    return {"type": "function", "function": described}
+
+
+async def answered_whole(
+    request: Request,
+    answers: AbstractAsyncContextManager[Answers],
+    body: Callable[[Answers], Awaitable[object]],
+    headers: dict[str, str],
+) -> Response:
+    """Ends the answers when the client goes away. body: waits for their ends."""
+
+    async def answer() -> Response:
+        async with answers as opened:
+            return json_response(await body(opened), headers=headers)
+
+    return await while_connected(request, asyncio.ensure_future(answer()))
+
+
+async def answered_in_parts(
+    answers: AbstractAsyncContextManager[Answers],
+    parts: Callable[[Answers], AsyncIterator[bytes]],
+    stream: Callable[[AsyncIterator[bytes], AsyncExitStack, dict[str, str]], Streamed],
+    headers: dict[str, str],
+) -> Response:
+    """stream: `event_stream` or `line_stream`. What is wrong with the request is raised before the first byte."""
+    async with AsyncExitStack() as stack:
+        opened = await stack.enter_async_context(answers)
+        return stream(parts(opened), stack.pop_all(), headers)
+    raise AssertionError("the stack lets every exception pass")
