@@ -7,6 +7,7 @@
     ├── TemplateError          a chat template failed, refused, or exceeded its limits
     ├── RequestError           a request's parameters are wrong
     │   └── ContextError       a prompt (plus what is asked for) does not fit the context
+    ├── DeadlineError          a request's time was over before its answer was whole
     ├── ModelNotFound          no such model in the store or the catalogue
     ├── DownloadError          no source delivered the model; names each source and why it failed
     │   └── IntegrityError     bytes arrived, but with another hash than the pinned one, or no whole model
@@ -54,6 +55,10 @@ class RequestError(DapjiError):
 
 class ContextError(RequestError):
     """A prompt, with the tokens asked for, does not fit the context."""
+
+
+class DeadlineError(DapjiError):
+    """A request's time was over before its answer was whole."""
 
 
 class ModelNotFound(DapjiError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from server_running import Running, Start
 
 from dapji.model import load
+from dapji.server.keys import Keys
 from dapji.server.registry import Registry
 from dapji.server.settings import Settings
 from tiny import CHATML, COUNTING, SCRIPT, THOUGHTFUL, write_tiny
@@ -42,10 +43,10 @@ def start_server(models: list[Path]) -> Iterator[Start]:
         paths: list[Path] | None = None,
         memory: int | None = None,
         context: int = 512,
-        key_name: Callable[[str], str | None] | None = None,
+        keys: Keys | None = None,
     ) -> Running:
         registry = Registry(paths or models, load=lambda path: load(path, context=context), memory=memory)
-        running.append(Running(registry, settings or Settings(), key_name))
+        running.append(Running(registry, settings or Settings(), keys))
         return running[-1]
 
     yield start
@@ -68,3 +69,9 @@ def agents(start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Run
         write_tiny(folder / "thinker.gguf", THOUGHTFUL, template=SWITCHED + "{# </think> #}"),
     ]
     return start_server(paths=paths)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    """Of a store of one's own, none yet."""
+    return Keys(tmp_path / "server" / "keys.db")

@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
-import uvicorn
-
 from dapji.server.app import create_app
+from dapji.server.keys import Keys
+from dapji.server.listener import Listener, bind
 from dapji.server.registry import Registry
 from dapji.server.settings import Settings
 
@@ -16,20 +16,26 @@ from dapji.server.settings import Settings
 class Running:
     """A server that answers at `url`."""
 
-    def __init__(self, registry: Registry, settings: Settings, key_name: Callable[[str], str | None] | None) -> None:
-        self.app = create_app(registry, settings, key_name=key_name)
+    def __init__(self, registry: Registry, settings: Settings, keys: Keys | None) -> None:
+        self.app = create_app(registry, settings, keys=keys)
         self.service = self.app.state.service
-        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        socket = bind("127.0.0.1", 0)
+        self._server = Listener(self.app)
+        self._thread = threading.Thread(target=self._server.run, args=([socket],), daemon=True)
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
-        self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
+        self.port: int = socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
+    def wait_until_idle(self) -> None:
+        end = time.monotonic() + 10
+        while self.service.active:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
     def stop(self) -> None:
-        self._server.should_exit = True
+        self._server.stop()
         self._thread.join()
 
 

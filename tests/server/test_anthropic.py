@@ -15,6 +15,7 @@ from dapji.chat.formats import Event
 from dapji.model import AsyncReply
 from dapji.server import wire
 from dapji.server.anthropic.asked import Counted, messages_of
+from dapji.server.keys import Keys
 from dapji.server.openai.chat import Message, message_of
 from tiny import ANSWER
 
@@ -208,15 +209,17 @@ def test_what_is_wrong_is_named(server: Running, change: dict[str, Any], message
     assert message in body["error"]["message"]
 
 
-def test_refusals_have_the_protocols_form(client: anthropic.Anthropic, server: Running, start_server: Start) -> None:
+def test_refusals_have_the_protocols_form(
+    client: anthropic.Anthropic, server: Running, start_server: Start, keys: Keys
+) -> None:
     with pytest.raises(anthropic.NotFoundError, match="no model 'claude' here") as missing:
         client.messages.create(model="claude", messages=HELLO, **GREEDY)
     assert missing.value.type == "not_found_error"
-    guarded = start_server(key_name={"secret": "me"}.get)
+    key, guarded = keys.add("me"), start_server(keys=keys)
     with pytest.raises(anthropic.AuthenticationError, match="not known") as unknown:
         connect(guarded).messages.create(model="answer", messages=HELLO, **GREEDY)
     assert unknown.value.type == "authentication_error"
-    known = anthropic.Anthropic(base_url=guarded.url, api_key="secret", max_retries=0)
+    known = anthropic.Anthropic(base_url=guarded.url, api_key=key, max_retries=0)
     assert told(known.messages.create(model="answer", messages=HELLO, **GREEDY)) == [{"type": "text", "text": ANSWER}]
     assert httpx.get(f"{guarded.url}/v1/messages").json()["error"]["type"] == "authentication_error"
     assert httpx.get(f"{server.url}/v1/messages").status_code == 405

@@ -189,7 +189,13 @@ def test_models_are_listed_with_their_limits(client: openai.OpenAI) -> None:
 
 def test_a_client_that_goes_away_ends_its_answer(start_server: Start) -> None:
     server = start_server(context=4096)
-    asked = {"model": "endless", "messages": HELLO, "stream": True, "temperature": 10, "logit_bias": {"2": -100}}
+    asked = {
+        "model": "endless",
+        "messages": HELLO,
+        "stream": True,
+        "temperature": 10,
+        "logit_bias": {"0": -100, "2": -100},
+    }
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked) as answer:
         next(answer.iter_lines())
         assert server.service.gate.running == 1

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal.",
     "run": "Complete one prompt and exit.",
     "serve": "Answer other programs over HTTP.",
+    "key": "Make, list and revoke keys of `dapji serve`.",
     "pull": "Fetch a model into the store.",
     "list": "List installed and known models.",
     "show": "Print what a model is: architecture, size, quantisation, template, licence.",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import click
 
@@ -10,15 +13,58 @@ from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, s
 from dapji.errors import UnavailableError, UsageError
 
 PORT = 8410
+OPENSSL = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=localhost "
+    "-addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
+)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; others than this machine's need a key.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free one.")
+@click.option(
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A further name that clients may address; may be repeated.",
+)
+@click.option(
+    "--allow-origin", "origins", multiple=True, metavar="URL", help="A web page's origin that may ask; may be repeated."
+)
+@click.option("--tls-cert", type=FILE, help="Certificate in PEM, its chain behind it: HTTPS.")
+@click.option("--tls-key", type=FILE, help="Its private key in PEM.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="For open models together.")
 @click.option("--max-running", type=click.IntRange(1, 512), default=64, show_default=True, help="Requests at once.")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Requests that wait.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Longest that a request may take [default: any time].",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For answers under way when stopped.",
+)
+@click.option(
+    "--log",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="A line per request on stderr, never its text.",
+)
 @context_option
 @executor_options
 @speculate_option
@@ -26,9 +72,16 @@ def command(
     models: tuple[str, ...],
     host: str,
     port: int,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
     memory: float | None,
     max_running: int,
     max_waiting: int,
+    timeout: float | None,
+    grace: float,
+    log: Literal["text", "json"],
     **values: Any,
 ) -> None:
     """Answer OpenAI's protocol over HTTP, with these models.
@@ -36,25 +89,32 @@ def command(
     MODEL is a name of `dapji list`, or a path; the first is the default. Without any: all that are
     installed. A model is opened when it is first asked for; --memory bounds what is open at once.
 
+    Only this machine may ask, unless --host is given. Clients need a key as soon as there is one
+    (`dapji key`). GET /metrics is for Prometheus.
+
     \b
     Examples:
       dapji serve smollm2-135m
       dapji serve qwen2.5-coder-0.5b ./model.gguf --memory 4
       curl localhost:8410/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+      dapji key add me && dapji serve --host 0.0.0.0 --allow-host llm.example.org \\
+        --tls-cert cert.pem --tls-key key.pem
+      dapji serve --log json --timeout 600 2>> requests.jsonl
 
     \b
-    Stop with Ctrl-C: answers under way are finished, a second Ctrl-C ends them.
+    Stop with Ctrl-C or SIGTERM: answers under way are finished, a second one ends them.
     Exit codes: 0 stopped, 1 failed, 2 wrong usage.
     """
     try:
-        import uvicorn
-
         from dapji.server.app import create_app
+        from dapji.server.listener import Listener, bind
     except ModuleNotFoundError as error:
-        if error.name not in ("uvicorn", "starlette"):
+        if error.name not in ("uvicorn", "starlette", "prometheus_client"):
             raise
         raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
     from dapji.model import load
+    from dapji.server import keys
+    from dapji.server.log import configure
     from dapji.server.registry import Registry
     from dapji.server.settings import Settings
     from dapji.weights import store
@@ -62,17 +122,83 @@ def command(
     names = models or [record.name for record in store.installed()]
     if not names:
         raise UsageError("no model is installed", hint=f"dapji pull {DEFAULT_MODEL}")
+    tls = _tls(tls_cert, tls_key)
+    known = keys.Keys(keys.path())
     if not _is_loopback(host):
-        raise UsageError(
-            f"--host {host} is reachable from other machines, and this server has no keys yet",
-            hint="listen on 127.0.0.1 and let a proxy that asks for a key stand before it",
-        )
+        if all(key.revoked for key in known.all()):
+            raise UsageError(
+                f"--host {host} is reachable from other machines, and there is no key that they would need",
+                hint="dapji key add NAME, then give the key that it prints to your clients",
+            )
+        if tls is None:
+            click.echo("without --tls-cert, keys and texts cross the network unencrypted", err=True)
+    settings = Settings(
+        max_running=max_running,
+        max_waiting=max_waiting,
+        timeout=timeout,
+        grace=grace,
+        hosts=(*Settings.hosts, *_own_name(host), *map(_host, hosts)),
+        origins=tuple(map(_origin, origins)),
+    )
     registry = Registry(
         names, load=lambda path: load(path, **values), memory=None if memory is None else round(memory * 1e9)
     )
-    app = create_app(registry, Settings(max_running=max_running, max_waiting=max_waiting))
+    listening = bind(host, port)
+    configure(log)
     click.echo(f"models: {', '.join(registry.models)}", err=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, lifespan="on")
+    address = f"[{host}]" if ":" in host else host
+    click.echo(f"listening on {'https' if tls else 'http'}://{address}:{listening.getsockname()[1]}", err=True)
+    Listener(create_app(registry, settings, keys=known), tls=tls).run([listening])
+
+
+def _tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    """Raises UsageError where they do not belong together."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise UsageError("--tls-cert and --tls-key are given together", hint=f"for a test: {OPENSSL}")
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UsageError(f"{cert} and {key} are no certificate and its key: {reason}", hint=OPENSSL) from error
+    return cert, key
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted, and there is nobody to ask for its password")
+
+
+def _host(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]", name):
+        raise UsageError(
+            f"--allow-host {name!r} is no name or address", hint="llm.example.org, 192.168.1.5 or [fd00::5]"
+        )
+    return name.lower()
+
+
+def _own_name(host: str) -> list[str]:
+    """What a client that uses the address itself calls us; none for an address that stands for all."""
+    if host in ("0.0.0.0", "::"):
+        return []
+    return [f"[{host}]" if ":" in host else host.lower()]
+
+
+def _origin(url: str) -> str:
+    """As browsers write it (RFC 6454)."""
+    try:
+        parts = urlsplit(url)
+        plain = url == f"{parts.scheme}://{parts.netloc}" and not re.search(r"[*@\s]", url) and parts.port != 0
+        right = plain and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        right = False
+    if not right:
+        raise UsageError(
+            f"--allow-origin {url!r} is no origin", hint="https://chat.example.org, or with a port, without a path"
+        )
+    return url.lower()
 
 
 def _is_loopback(host: str) -> bool:

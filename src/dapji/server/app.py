@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from dapji import __version__
 from dapji.errors import DapjiError
+from dapji.server import metrics
 from dapji.server.anthropic import messages
 from dapji.server.anthropic import models as anthropic_models
 from dapji.server.guard import Guard
+from dapji.server.keys import Keys
+from dapji.server.observer import Observer
 from dapji.server.openai import chat, completions, models, tokens
 from dapji.server.problem import Kind, Problem
 from dapji.server.protocols import problem_response, speaks_anthropic
@@ -29,10 +33,10 @@ from dapji.server.wire import json_response
 log = logging.getLogger("dapji.server")
 
 
-def create_app(
-    registry: Registry, settings: Settings, *, key_name: Callable[[str], str | None] | None = None
-) -> Starlette:
-    """Owns the registry: its models are closed when the application ends. key_name: see `Guard`."""
+def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = None) -> Starlette:
+    """Owns the registry: its models are closed when the application ends. keys: None: nobody is asked for one."""
+
+    service = Service(registry, settings, keys)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -42,6 +46,7 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/health", _health),
+            Route("/metrics", metrics.show),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/v1/chat/completions", chat.create, methods=["POST"]),
@@ -51,11 +56,21 @@ def create_app(
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, settings=settings, key_name=key_name)],
+        middleware=[
+            Middleware(Observer, service=service),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.origins,
+                allow_methods=("*",),
+                allow_headers=("*",),
+                expose_headers=("Retry-After", "Dapji-Ignored-Fields"),
+            ),
+            Middleware(Guard, settings=settings, keys=keys),
+        ],
         exception_handlers={Problem: _problem, DapjiError: _error, HTTPException: _http, Exception: _failure},
         lifespan=lifespan,
     )
-    app.state.service = Service(registry, settings)
+    app.state.service = service
     return app
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dapji.server.keys import Keys
 from dapji.server.problem import Problem
 from dapji.server.protocols import problem_response
 from dapji.server.settings import Settings
@@ -17,13 +16,12 @@ OPEN_PATHS = ("/health",)
 
 
 class Guard:
-    """ASGI middleware. `key_name` gives the name of a key that is right, None for any other; where it is None itself,
-    no key is asked for."""
+    """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, key_name: Callable[[str], str | None] | None) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keys | None) -> None:
         self._app = app
         self._settings = settings
-        self._key_name = key_name
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,16 +40,24 @@ class Guard:
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if name.lower() not in self._settings.hosts:
-            raise Problem("forbidden", f"this server does not answer under the name {name!r}", code="host")
+            raise Problem(
+                "forbidden",
+                f"this server does not answer under the name {name!r}. Hint: dapji serve --allow-host NAME",
+                code="host",
+            )
         origin = headers.get("origin")
         own = f"{Request(scope).url.scheme}://{host}"
         if origin is not None and origin != own and origin not in self._settings.origins:
-            raise Problem("forbidden", f"pages of {origin} may not ask this server", code="origin")
-        if self._key_name is None or scope["path"] in OPEN_PATHS:
+            raise Problem(
+                "forbidden",
+                f"pages of {origin} may not ask this server. Hint: dapji serve --allow-origin URL",
+                code="origin",
+            )
+        if self._keys is None or scope["path"] in OPEN_PATHS or not self._keys.asked:
             return ""
         scheme, _, value = headers.get("authorization", "").partition(" ")
         key = value.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        known = self._key_name(key) if key else None
+        known = self._keys.name_of(key) if key else None
         if known is None:
             told = "this key is not known here" if key else "this server wants a key: Authorization: Bearer KEY"
             raise Problem("unauthorized", told, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

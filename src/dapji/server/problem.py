@@ -9,6 +9,7 @@ from typing import Literal
 from dapji.errors import (
     ContextError,
     DapjiError,
+    DeadlineError,
     ModelNotFound,
     RequestError,
     TemplateError,
@@ -21,9 +22,11 @@ Kind = Literal[
     "unauthorized",
     "forbidden",
     "not_found",
+    "slow",
     "too_large",
     "busy",
     "unavailable",
+    "out_of_time",
     "internal",
 ]
 STATUS: dict[Kind, int] = {
@@ -31,9 +34,11 @@ STATUS: dict[Kind, int] = {
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
+    "slow": 408,
     "too_large": 413,
     "busy": 429,
     "unavailable": 503,
+    "out_of_time": 504,
     "internal": 500,
 }
 
@@ -67,4 +72,6 @@ class Problem(Exception):
             return Problem("invalid_request", message)
         if isinstance(error, ModelNotFound):
             return Problem("not_found", message, field="model", code="model_not_found")
+        if isinstance(error, DeadlineError):
+            return Problem("out_of_time", message)
         return Problem("unavailable" if isinstance(error, UnavailableError) else "internal", message)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dapji.chat.formats import Event
 from dapji.engine import Scores
-from dapji.errors import DapjiError
+from dapji.errors import DapjiError, DeadlineError
 from dapji.model import AsyncReply, Model, Prepared
 from dapji.server.gate import Gate
+from dapji.server.keys import Keys
+from dapji.server.metrics import Metrics
 from dapji.server.problem import Problem
+from dapji.server.record import Record, current
 from dapji.server.registry import Registry
 from dapji.server.settings import Settings
 
@@ -40,10 +44,16 @@ async def _read(reply: AsyncReply) -> None:
 class Service:
     """For one asyncio loop."""
 
-    def __init__(self, registry: Registry, settings: Settings) -> None:
+    def __init__(self, registry: Registry, settings: Settings, keys: Keys | None = None) -> None:
         self.registry = registry
         self.settings = settings
         self.gate = Gate(running=settings.max_running, waiting=settings.max_waiting)
+        self.metrics = Metrics(registry, self.gate)
+        self.active = 0
+        """Requests of every kind that are being answered."""
+        self.stopping = False
+        """Whether new ones are refused."""
+        self._keys = keys
 
     def chat(
         self, key: str, model: str | None, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **options: Any
@@ -64,13 +74,15 @@ class Service:
     async def score(self, key: str, model: str | None, *texts: Sequence[int], n_top: int) -> list[Scores]:
         """Of all tokens of each text but its first; see `Engine.score`. Raises Problem."""
         self._check_top(n_top)
-        async with self._turn(key, model, len(texts)) as (_, opened):
+        async with self._turn(key, model, len(texts)) as (_, opened), _until(self._deadline()):
+            self._charge_prompts(key, sum(map(len, texts)))
             return list(await asyncio.gather(*(opened.engine.ascore(text, n_top=n_top) for text in texts)))
 
     @asynccontextmanager
     async def opened(self, model: str | None) -> AsyncIterator[tuple[str, Model]]:
         """A model's name and the model, for what computes nothing. Raises Problem."""
         async with self.registry.use(model) as (name, opened):
+            current.get().model = name
             try:
                 yield name, opened
             except DapjiError as error:
@@ -82,7 +94,13 @@ class Service:
         if not 1 <= n <= self.settings.max_choices:
             raise Problem("invalid_request", f"n ({n}) must be from 1 to {self.settings.max_choices}", "n")
         self.registry.find(model)  # what is wrong shows before the wait for a turn
-        async with self.gate.enter(key, n), self.opened(model) as opened:
+        async with AsyncExitStack() as held:
+            try:
+                async with _until(self._deadline()):
+                    await held.enter_async_context(self.gate.enter(key, n))
+                    opened = await held.enter_async_context(self.opened(model))
+            except DeadlineError as error:
+                raise Problem.of(error) from error
             yield opened
 
     @asynccontextmanager
@@ -98,21 +116,90 @@ class Service:
         """prepare: one for each of n_prompts prompts."""
         self._check_top(options.get("logprobs") or 0)
         async with self._turn(key, model, n_prompts * n) as (name, opened):
-            replies: list[AsyncReply] = []
+            replies: list[_Timed] = []
+            record, deadline = current.get(), self._deadline()
             try:
-                # In a thread: templates and tokenizers take their time.
-                for prepared in await asyncio.to_thread(_prepared, prepare(opened), n, dict(options)):
-                    replies.append(AsyncReply(opened.engine, prepared))
+                async with _until(deadline):
+                    # In a thread: templates and tokenizers take their time.
+                    prepared = await asyncio.to_thread(_prepared, prepare(opened), n, dict(options))
+                self._charge_prompts(key, sum(len(each.request.prompt) for each in prepared[::n]))
+                for each in prepared:
+                    replies.append(_Timed(opened, each, record, self.metrics, deadline))
                 yield Answers(name, opened, replies)
             finally:
                 for reply in replies:
                     await reply.aclose()
+                record.generated += (generated := sum(len(reply.tokens) for reply in replies))
+                record.cached += sum(reply.finish.usage.cached for reply in replies[::n] if reply.finish is not None)
+                if self._keys is not None and key and generated:
+                    self._keys.charge(key, generated)
+
+    def _charge_prompts(self, key: str, tokens: int) -> None:
+        """Raises Problem where the key's quota does not hold them."""
+        if self._keys is not None and key:
+            self._keys.charge_prompt(key, tokens)
+        current.get().prompt += tokens
+
+    def _deadline(self) -> float | None:
+        """Of the request that is being answered, on the loop's clock."""
+        limit = self.settings.timeout
+        return None if limit is None else current.get().started + limit
 
     def _check_top(self, n: int) -> None:
         if n > self.settings.max_top:
             raise Problem(
                 "invalid_request", f"{n} likeliest tokens are more than the {self.settings.max_top} told here"
             )
+
+
+class _Timed(AsyncReply):
+    """Its tokens' times are recorded, and it may not take longer than `deadline`, on the loop's clock."""
+
+    def __init__(
+        self, model: Model, prepared: Prepared, record: Record, metrics: Metrics, deadline: float | None
+    ) -> None:
+        super().__init__(model.engine, prepared)
+        self._record = record
+        self._metrics = metrics
+        self._deadline = deadline
+        self._told_tokens = 0
+        self._last: float | None = None
+
+    async def events(self) -> AsyncIterator[Event]:
+        parts = super().events()
+        while True:
+            async with _until(self._deadline):
+                part = await anext(parts, None)
+            self._time()
+            if part is None:
+                return
+            yield part
+
+    def _time(self) -> None:
+        """Tokens that came together, for a character or by speculation, share the time that they took."""
+        new, now = len(self.tokens) - self._told_tokens, asyncio.get_running_loop().time()
+        if new == 0:
+            return
+        self._told_tokens += new
+        if self._last is None:
+            first = now - self._record.started
+            self._record.first_token = self._record.first_token or first
+            self._metrics.first_token.observe(first)
+            self._last, new = now, new - 1
+        for _ in range(new):
+            self._metrics.inter_token.observe((now - self._last) / new)
+        self._last = now
+
+
+@asynccontextmanager
+async def _until(deadline: float | None) -> AsyncIterator[None]:
+    """Raises DeadlineError when that time of the loop's clock is over."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        assert deadline is not None
+        raise DeadlineError("the answer was not whole within this server's time for a request") from None
 
 
 def _prepared(prepares: list[Callable[..., Prepared]], n: int, options: dict[str, Any]) -> list[Prepared]:

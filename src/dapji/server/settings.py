@@ -13,6 +13,12 @@ class Settings:
     """Requests that wait beside them; more are sent away."""
     max_body: int = 8 << 20
     """Bytes of a request."""
+    receive_timeout: float = 60.0
+    """Seconds in which a request must arrive, from its first byte to its last."""
+    timeout: float | None = None
+    """Seconds from a request's arrival to the end of its answer; None: any number."""
+    grace: float = 30.0
+    """Seconds that answers under way have when the server is told to stop."""
     max_choices: int = 16
     """Answers to one request: prompts times n."""
     max_top: int = 100

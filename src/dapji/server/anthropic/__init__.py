@@ -11,9 +11,11 @@ _TYPES: dict[Kind, str] = {
     "unauthorized": "authentication_error",
     "forbidden": "permission_error",
     "not_found": "not_found_error",
+    "slow": "invalid_request_error",
     "too_large": "request_too_large",
     "busy": "rate_limit_error",
     "unavailable": "api_error",
+    "out_of_time": "timeout_error",
     "internal": "api_error",
 }
 

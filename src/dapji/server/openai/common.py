@@ -41,9 +41,11 @@ _TYPES: dict[Kind, str] = {
     "unauthorized": "authentication_error",
     "forbidden": "permission_error",
     "not_found": "invalid_request_error",
+    "slow": "invalid_request_error",
     "too_large": "invalid_request_error",
     "busy": "rate_limit_error",
     "unavailable": "server_error",
+    "out_of_time": "server_error",
     "internal": "server_error",
 }
 
