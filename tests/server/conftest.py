@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def start_server(models: list[Path]) -> Iterator[Start]:
+def start_server(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts servers that run until the tests end."""
     running: list[Running] = []
 
@@ -45,8 +45,9 @@ def start_server(models: list[Path]) -> Iterator[Start]:
         context: int = 512,
         keys: Keys | None = None,
     ) -> Running:
+        folder = tmp_path_factory.mktemp("server")
         registry = Registry(paths or models, load=lambda path: load(path, context=context), memory=memory)
-        running.append(Running(registry, settings or Settings(), keys))
+        running.append(Running(registry, settings or Settings(folder=folder), keys))
         return running[-1]
 
     yield start

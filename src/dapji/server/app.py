@@ -22,7 +22,8 @@ from dapji.server.anthropic import models as anthropic_models
 from dapji.server.guard import Guard
 from dapji.server.keys import Keys
 from dapji.server.observer import Observer
-from dapji.server.openai import chat, completions, models, tokens
+from dapji.server.openai import chat, completions, models, responses, tokens
+from dapji.server.openai.stored import ResponseStore
 from dapji.server.problem import Kind, Problem
 from dapji.server.protocols import problem_response, speaks_anthropic
 from dapji.server.registry import Registry
@@ -35,13 +36,14 @@ log = logging.getLogger("dapji.server")
 
 def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = None) -> Starlette:
     """Owns the registry: its models are closed when the application ends. keys: None: nobody is asked for one."""
-
     service = Service(registry, settings, keys)
+    kept = ResponseStore(settings.folder)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         registry.close()
+        kept.close()
 
     app = Starlette(
         routes=[
@@ -53,6 +55,10 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
             Route("/v1/completions", completions.create, methods=["POST"]),
             Route("/v1/messages", messages.create, methods=["POST"]),
             Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/responses/{id}", responses.show, methods=["GET"]),
+            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],
@@ -71,6 +77,7 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.responses = kept
     return app
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dapji.weights import store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +31,5 @@ class Settings:
     rebinding)."""
     origins: tuple[str, ...] = ()
     """Foreign web pages that may ask from a browser."""
+    folder: Path = field(default_factory=lambda: store.home() / "server")
+    """Where what is kept lies."""

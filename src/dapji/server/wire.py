@@ -28,9 +28,11 @@ class Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of what clients send: a field that we do not know is refused."""
 
 
-async def read(request: Request, type: type[T], *, limit: int) -> tuple[T, list[str]]:
+async def read(
+    request: Request, type: type[T], *, limit: int, prepare: Callable[[Any], None] | None = None
+) -> tuple[T, list[str]]:
     """The body as `type`, and the names of unknown fields that were left out, where the request asks for that by the
-    header `Dapji-Unknown-Fields: ignore`.
+    header `Dapji-Unknown-Fields: ignore`. prepare: writes into the parsed body what its protocol lets clients omit.
 
     Raises Problem: too_large beyond `limit` bytes, invalid_request for what is no JSON, an unknown field, a missing or
     wrong value.
@@ -44,6 +46,8 @@ async def read(request: Request, type: type[T], *, limit: int) -> tuple[T, list[
         value = msgspec.json.decode(bytes(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Problem("invalid_request", f"the body is not JSON: {error}") from None
+    if prepare is not None:
+        prepare(value)
     lenient = request.headers.get("dapji-unknown-fields") == "ignore"
     return convert(value, type, lenient=lenient)
 

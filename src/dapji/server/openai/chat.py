@@ -24,7 +24,15 @@ from dapji.server.answering import (
     key_of,
     template_call,
 )
-from dapji.server.openai.common import Drawn, StreamOptions, logprob_objects, problem_body, sampling_of, usage_of
+from dapji.server.openai.common import (
+    Drawn,
+    StreamOptions,
+    arguments_object,
+    logprob_objects,
+    problem_body,
+    sampling_of,
+    usage_of,
+)
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
 from dapji.server.wire import Strict, event, event_stream, merged, read
@@ -166,12 +174,8 @@ def _text(part: TextPart | ImagePart | RefusalPart, where: str) -> str:
 
 
 def _told_call(message: int, index: int, call: Call) -> JsonObject:
-    """Templates want the arguments as an object."""
-    try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}")
-    except msgspec.DecodeError as error:
-        where = f"messages[{message}].tool_calls[{index}].function.arguments"
-        raise Problem("invalid_request", f"{where} is not JSON: {error}", where) from None
+    where = f"messages[{message}].tool_calls[{index}].function.arguments"
+    arguments = arguments_object(call.function.arguments, where)
     return template_call(call.function.name, arguments, call.id)
 
 
