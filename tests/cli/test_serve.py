@@ -19,6 +19,7 @@ import httpx
 import pytest
 from in_process import Dapji
 
+from dapji.cli.serve import OPENSSL, command
 from dapji.server.keys import Keys
 from tiny import COUNTING, SCRIPT, write_tiny
 
@@ -38,9 +39,9 @@ class Served:
     """`dapji serve` with two tiny models."""
 
     def __init__(self, models: list[Path], home: Path, *options: str | Path) -> None:
-        command = [sys.executable, "-m", "dapji", "serve", *models, "--port", "0", *options]
+        started = [sys.executable, "-m", "dapji", "serve", *models, "--port", "0", *options]
         self.process = subprocess.Popen(
-            list(map(str, command)), stderr=subprocess.PIPE, text=True, env=os.environ | {"DAPJI_HOME": str(home)}
+            list(map(str, started)), stderr=subprocess.PIPE, text=True, env=os.environ | {"DAPJI_HOME": str(home)}
         )
         self.lines: list[str] = []
         assert self.process.stderr is not None
@@ -190,8 +191,6 @@ def test_lines_of_json(serve: Serve) -> None:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """By the command that the errors name."""
-    from dapji.cli.serve import OPENSSL
-
     folder = tmp_path_factory.mktemp("tls")
     try:
         subprocess.run(
@@ -237,6 +236,16 @@ def test_what_it_does_not_start_with(
     code, _, err = dapji("serve", *models, *(option.format(cert=certificate[0]) for option in options))
     assert code in (1, 2)
     assert re.search(message, err), err
+
+
+def test_what_deploy_starts_is_a_command(models: list[Path]) -> None:
+    folder = Path(__file__).parents[2] / "deploy"
+    unit = re.findall(r"^ExecStart=\S+/dapji serve (.*)$", (folder / "dapji.service").read_text(), re.MULTILINE)
+    image = re.findall(r"^CMD (\[.*\])$", (folder / "Containerfile").read_text(), re.MULTILINE)
+    proxied = re.findall(r"dapji serve (--port 8410 .*\S)  +", (folder / "nginx.conf").read_text())
+    started = [unit[0].split(), json.loads(image[0])[1:], proxied[0].split()]
+    for arguments in started:
+        command.make_context("serve", arguments).close()
 
 
 def test_revoked_keys_open_nothing_to_other_machines(dapji: Dapji, models: list[Path]) -> None:

@@ -197,7 +197,8 @@ def test_a_client_that_goes_away_ends_its_answer(start_server: Start) -> None:
         "logit_bias": {"0": -100, "2": -100},
     }
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # held, as letting go of it closes the connection
+        next(lines)
         assert server.service.gate.running == 1
     wait_until(lambda: server.service.gate.running == 0)
     with pytest.raises(httpx.ReadTimeout):

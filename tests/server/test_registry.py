@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,29 @@ def test_many_who_ask_at_once_open_it_once(paths: list[Path]) -> None:
                 return model
 
         assert len(set(await asyncio.gather(*(use() for _ in range(5))))) == 1
+
+    asyncio.run(run())
+
+
+def test_who_gives_up_while_a_model_is_opened_leaves_it_to_others(paths: list[Path]) -> None:
+    loaded: list[Fake] = []
+    go_on = threading.Event()
+
+    def load(path: Path) -> Any:
+        go_on.wait(10)
+        loaded.append(Fake(path))
+        return loaded[-1]
+
+    async def run() -> None:
+        models = Registry(paths, load=load, memory=None)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01), models.use("a"):
+                pass
+        go_on.set()
+        async with models.use("a") as (_, model):
+            assert [model] == loaded
+        models.close()
+        assert loaded[0].closed
 
     asyncio.run(run())
 

@@ -58,14 +58,18 @@ class Registry:
         served = self.find(name)
         served.users += 1
         try:
-            async with served.opening:
-                if served.model is None:
-                    self._make_room(served)
-                    served.model = await asyncio.to_thread(self._load, served.path)
-            yield served.name, served.model
+            # Who gives up waiting does not stop the loading, which another will want or `close` will find.
+            yield served.name, await asyncio.shield(asyncio.ensure_future(self._opened(served)))
         finally:
             served.users -= 1
             served.used = time.monotonic()
+
+    async def _opened(self, served: Served) -> Model:
+        async with served.opening:
+            if served.model is None:
+                self._make_room(served)
+                served.model = await asyncio.to_thread(self._load, served.path)
+            return served.model
 
     def find(self, name: str | None) -> Served:
         """Raises Problem where there is none."""
