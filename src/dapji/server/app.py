@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from dapji import __version__
 from dapji.errors import DapjiError
-from dapji.server import metrics
+from dapji.server import metrics, openapi
 from dapji.server.anthropic import messages
 from dapji.server.anthropic import models as anthropic_models
 from dapji.server.guard import Guard
@@ -48,6 +48,7 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     app = Starlette(
         routes=[
             Route("/health", _health),
+            Route("/openapi.json", openapi.show),
             Route("/metrics", metrics.show),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,15 +18,34 @@ from dapji.server.problem import Problem
 
 T = TypeVar("T")
 E = TypeVar("E")
+R = TypeVar("R", bound=Callable[..., Any])
 
 KEEP_ALIVE = 10.0
 """Seconds without an event after which a stream says that it lives, so that no proxy ends it."""
+_READS = "_reads"
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<where>.*)`)?$")
 _PLACE = re.compile(r" - at `\$\.?(?P<where>.*)`$")
 
 
 class Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of what clients send: a field that we do not know is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What a route takes, as a decorator of its function: `/openapi.json` tells it."""
+
+    body: type | None = None
+    query: type | None = None
+
+    def __call__(self, endpoint: R) -> R:
+        setattr(endpoint, _READS, self)
+        return endpoint
+
+    @staticmethod
+    def of(endpoint: object) -> Reads:
+        reads: Reads = getattr(endpoint, _READS, Reads())
+        return reads
 
 
 async def read(
@@ -52,12 +72,17 @@ async def read(
     return convert(value, type, lenient=lenient)
 
 
-def convert(value: Any, type: type[T], *, lenient: bool = False) -> tuple[T, list[str]]:
-    """A parsed JSON value as `type`; see `read`."""
+def read_query(request: Request, type: type[T]) -> T:
+    """The query as `type`, as strictly as a body. Raises Problem."""
+    return convert(dict(request.query_params), type, strict=False)[0]
+
+
+def convert(value: Any, type: type[T], *, lenient: bool = False, strict: bool = True) -> tuple[T, list[str]]:
+    """A parsed JSON value as `type`; see `read`. strict: no numbers written as text."""
     left_out: list[str] = []
     while True:
         try:
-            return msgspec.convert(value, type), left_out
+            return msgspec.convert(value, type, strict=strict), left_out
         except msgspec.ValidationError as error:
             unknown = _UNKNOWN.search(str(error))
             if unknown is None:

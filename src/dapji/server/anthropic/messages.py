@@ -34,11 +34,12 @@ from dapji.server.anthropic.asked import (
 )
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import event, event_stream, json_response, read
+from dapji.server.wire import Reads, event, event_stream, json_response, read
 
 _PING = event({"type": "ping"}, "ping")
 
 
+@Reads(body=Asked)
 async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
@@ -51,6 +52,7 @@ async def create(request: Request) -> Response:
     return await answered_whole(request, answers, _whole, headers)
 
 
+@Reads(body=Counted)
 async def count(request: Request) -> Response:
     """The tokens of the prompt that the same fields make for `create`."""
     service: Service = request.app.state.service

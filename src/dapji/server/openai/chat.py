@@ -35,7 +35,7 @@ from dapji.server.openai.common import (
 )
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import Strict, event, event_stream, merged, read
+from dapji.server.wire import Reads, Strict, event, event_stream, merged, read
 
 
 class TextPart(Strict, tag_field="type", tag="text"):
@@ -142,6 +142,7 @@ class Asked(Drawn, kw_only=True):
     service_tier: Literal["auto", "default"] | None = None
 
 
+@Reads(body=Asked)
 async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)

@@ -27,7 +27,7 @@ from dapji.server.answering import (
 from dapji.server.openai.common import Drawn, StreamOptions, problem_body, sampling_of, usage_of
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import event, event_stream, json_response, merged, read, while_connected
+from dapji.server.wire import Reads, event, event_stream, json_response, merged, read, while_connected
 from dapji.tokenizer import Detokenizer, Tokenizer
 
 
@@ -58,6 +58,7 @@ class Echo:
     """Where log-probabilities were asked for; of all tokens but the first."""
 
 
+@Reads(body=Asked)
 async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)

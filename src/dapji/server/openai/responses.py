@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -28,10 +28,7 @@ from dapji.server.openai.responses_items import Item, item_id, items_of, message
 from dapji.server.openai.stored import ResponseStore, Stored
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import Strict, convert, event, event_stream, json_response, read
-
-MAX_PAGE = 100
-"""Most input items told at once."""
+from dapji.server.wire import Reads, Strict, convert, event, event_stream, json_response, read, read_query
 
 
 class Tool(Strict, tag_field="type", tag="function"):
@@ -98,6 +95,7 @@ class Asked(Drawn, kw_only=True):
     service_tier: Literal["auto", "default"] | None = None
 
 
+@Reads(body=Asked)
 async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     store: ResponseStore = request.app.state.responses
@@ -112,46 +110,52 @@ async def create(request: Request) -> Response:
     return await answered_whole(request, answers, partial(_whole, asked, keep), headers)
 
 
+class NoQuery(Strict):
+    """No parameters."""
+
+
+class Page(Strict):
+    """Which input items are told."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+    """The last item of the page before."""
+
+
+@Reads(query=NoQuery)
 async def show(request: Request) -> Response:
-    _no_query(request, ())
+    """A response that was kept."""
+    read_query(request, NoQuery)
     return json_response((await _stored(request)).body)
 
 
+@Reads(query=NoQuery)
 async def delete(request: Request) -> Response:
-    _no_query(request, ())
+    """Forgets a response; what lies on disk of it is overwritten."""
+    read_query(request, NoQuery)
     store: ResponseStore = request.app.state.responses
     name: str = request.path_params["id"]
     await store.delete(key_of(request), name)
     return json_response({"id": name, "object": "response", "deleted": True})
 
 
+@Reads(query=Page)
 async def input_items(request: Request) -> Response:
     """The items that a response was asked with, without those of the responses before it."""
-    _no_query(request, ("limit", "order", "after"))
-    asked = request.query_params
-    limit, order = asked.get("limit", "20"), asked.get("order", "desc")
-    if not limit.isdecimal() or not 1 <= int(limit) <= MAX_PAGE:
-        raise Problem("invalid_request", f"limit ({limit}) must be from 1 to {MAX_PAGE}", "limit")
-    if order not in ("asc", "desc"):
-        raise Problem("invalid_request", f"order ({order}) must be asc or desc", "order")
+    asked = read_query(request, Page)
     items = (await _stored(request)).input
-    if order == "desc":
+    if asked.order == "desc":
         items = items[::-1]
-    if (after := asked.get("after")) is not None:
+    if asked.after is not None:
         ids = [item["id"] for item in items]
-        if after not in ids:
-            raise Problem("invalid_request", f"after: there is no item {after!r}", "after")
-        items = items[ids.index(after) + 1 :]
-    page = items[: int(limit)]
+        if asked.after not in ids:
+            raise Problem("invalid_request", f"after: there is no item {asked.after!r}", "after")
+        items = items[ids.index(asked.after) + 1 :]
+    page = items[: asked.limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     more = len(page) < len(items)
     return json_response({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more})
-
-
-def _no_query(request: Request, but: tuple[str, ...]) -> None:
-    for name in request.query_params:
-        if name not in but:
-            raise Problem("invalid_request", f"unknown parameter {name!r}", name)
 
 
 async def _stored(request: Request) -> Stored:

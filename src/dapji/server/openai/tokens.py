@@ -11,7 +11,7 @@ from starlette.responses import Response
 from dapji.server.openai.chat import Message, message_of
 from dapji.server.problem import Problem
 from dapji.server.service import Service
-from dapji.server.wire import Strict, json_response, read
+from dapji.server.wire import Reads, Strict, json_response, read
 
 
 class Text(Strict):
@@ -29,6 +29,7 @@ class Tokens(Strict):
     model: str | None = None
 
 
+@Reads(body=Text)
 async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, _ = await read(request, Text, limit=service.settings.max_body)
@@ -48,6 +49,7 @@ async def tokenize(request: Request) -> Response:
         return json_response(body | {"max_model_len": model.engine.context})
 
 
+@Reads(body=Tokens)
 async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, _ = await read(request, Tokens, limit=service.settings.max_body)
