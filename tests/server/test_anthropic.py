@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,8 @@ import httpx
 import pytest
 from server_running import Running, Start
 
-from dapji.chat.formats import Event
+from dapji.chat.formats import Content, Event
+from dapji.errors import UnavailableError
 from dapji.model import AsyncReply
 from dapji.server import wire
 from dapji.server.anthropic.asked import Counted, messages_of
@@ -119,12 +121,22 @@ def test_reasoning_stands_apart_and_may_be_turned_off(agent: anthropic.Anthropic
     with agent.messages.stream(model="thinker", messages=HELLO, **GREEDY) as stream:
         message = stream.get_final_message()
     assert told(message) == expected
+    adaptive: Any = {"type": "adaptive"}
+    assert told(agent.messages.create(model="thinker", messages=HELLO, thinking=adaptive, **GREEDY)) == expected
     disabled: Any = {"type": "disabled"}
     off = agent.messages.create(model="thinker", messages=HELLO, thinking=disabled, **GREEDY)
     assert [block["type"] for block in told(off)] == ["text"]
     assert agent.messages.create(model="caller", messages=HELLO, thinking=disabled, **GREEDY).content
     with pytest.raises(anthropic.BadRequestError, match="no place for reasoning"):
         agent.messages.create(model="caller", messages=HELLO, thinking=thinking, **GREEDY)
+
+
+def test_answers_have_the_format_that_is_asked_for(client: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"답": {"enum": ["예", "아니오"]}}, "required": ["답"]}
+    wanted: Any = {"format": {"type": "json_schema", "schema": schema | {"additionalProperties": False}}}
+    message = client.messages.create(model="answer", messages=HELLO, output_config=wanted, max_tokens=300)
+    (block,) = told(message)
+    assert json.loads(block["text"])["답"] in ("예", "아니오")
 
 
 def test_a_conversation_is_the_same_as_in_openai_s_form() -> None:
@@ -249,3 +261,21 @@ def test_a_slow_stream_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -
     assert raw.text.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n')
     with connect(server).messages.stream(model="answer", messages=HELLO, **GREEDY) as stream:
         assert stream.get_final_text() == ANSWER
+
+
+def test_what_fails_under_way_ends_the_stream_with_an_error(
+    client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def events(reply: AsyncReply) -> AsyncIterator[Event]:
+        yield Content(text="안")
+        raise UnavailableError("the model is gone")
+
+    monkeypatch.setattr(AsyncReply, "events", events)
+    with client.messages.stream(model="answer", messages=HELLO, **GREEDY) as stream:
+        assert next(stream.text_stream) == "안"
+        with pytest.raises(anthropic.APIStatusError, match="the model is gone") as failed:
+            next(stream.text_stream)
+    assert failed.value.type == "api_error"
+    with pytest.raises(anthropic.APIStatusError, match="the model is gone") as whole:
+        client.messages.create(model="answer", messages=HELLO, **GREEDY)
+    assert whole.value.status_code == 503

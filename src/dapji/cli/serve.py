@@ -84,7 +84,7 @@ def command(
     log: Literal["text", "json"],
     **values: Any,
 ) -> None:
-    """Answer OpenAI's protocol over HTTP, with these models.
+    """Answer over HTTP, in the protocols of OpenAI, Anthropic and Ollama, with these models.
 
     MODEL is a name of `dapji list`, or a path; the first is the default. Without any: all that are
     installed. A model is opened when it is first asked for; --memory bounds what is open at once.

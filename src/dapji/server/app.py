@@ -22,6 +22,8 @@ from dapji.server.anthropic import models as anthropic_models
 from dapji.server.guard import Guard
 from dapji.server.keys import Keys
 from dapji.server.observer import Observer
+from dapji.server.ollama import chat as ollama_chat
+from dapji.server.ollama import models as ollama_models
 from dapji.server.openai import chat, completions, models, responses, tokens
 from dapji.server.openai.stored import ResponseStore
 from dapji.server.problem import Kind, Problem
@@ -60,6 +62,14 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
             Route("/v1/responses/{id}", responses.show, methods=["GET"]),
             Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
             Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+            Route("/api/chat", ollama_chat.chat, methods=["POST"]),
+            Route("/api/generate", ollama_chat.generate, methods=["POST"]),
+            Route("/api/tags", ollama_models.tags),
+            Route("/api/ps", ollama_models.ps),
+            Route("/api/show", ollama_models.show, methods=["POST"]),
+            Route("/api/version", ollama_models.version),
+            Route("/api/embed", ollama_models.embed, methods=["POST"]),
+            Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
             Route("/tokenize", tokens.tokenize, methods=["POST"]),
             Route("/detokenize", tokens.detokenize, methods=["POST"]),
         ],

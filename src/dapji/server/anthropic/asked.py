@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from dapji.chat.grammar import Grammar
 from dapji.server.answering import JsonObject, template_call, template_tool
 from dapji.server.problem import Problem
 from dapji.server.wire import Strict
@@ -77,8 +78,20 @@ class ThinkingEnabled(Strict, tag_field="type", tag="enabled"):
     """A goal, which open models cannot be told; max_tokens bounds reasoning and answer together."""
 
 
+class ThinkingAdaptive(Strict, tag_field="type", tag="adaptive"):
+    """The model decides, as its template lets it."""
+
+
 class ThinkingDisabled(Strict, tag_field="type", tag="disabled"):
     pass
+
+
+class JsonSchemaFormat(Strict, tag_field="type", tag="json_schema"):
+    schema: JsonObject
+
+
+class OutputConfig(Strict):
+    format: JsonSchemaFormat | None = None
 
 
 class Counted(Strict):
@@ -90,7 +103,8 @@ class Counted(Strict):
     system: str | list[Text] | None = None
     tools: list[Tool] | None = None
     tool_choice: AutoChoice | NoChoice | None = None
-    thinking: ThinkingEnabled | ThinkingDisabled | None = None
+    thinking: ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled | None = None
+    output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
 
 
@@ -111,7 +125,7 @@ def prompt_options(asked: Counted) -> JsonObject:
     options: JsonObject = {}
     if asked.tools and not isinstance(asked.tool_choice, NoChoice):
         options["tools"] = [template_tool(tool.name, tool.description, tool.input_schema) for tool in asked.tools]
-    if asked.thinking is not None:
+    if isinstance(asked.thinking, ThinkingEnabled | ThinkingDisabled):
         options["thinking"] = isinstance(asked.thinking, ThinkingEnabled)
     return options
 
@@ -119,8 +133,10 @@ def prompt_options(asked: Counted) -> JsonObject:
 def options_of(asked: Asked) -> JsonObject:
     """All options of `Model.chat`."""
     drawn = {name: getattr(asked, name) for name in ("temperature", "top_p", "top_k")}
-    given = {name: value for name, value in drawn.items() if value is not None}
-    return prompt_options(asked) | given | {"max_tokens": asked.max_tokens, "stop": asked.stop_sequences or ()}
+    options = {name: value for name, value in drawn.items() if value is not None}
+    if asked.output_config is not None and asked.output_config.format is not None:
+        options["grammar"] = Grammar.json_schema(asked.output_config.format.schema)
+    return prompt_options(asked) | options | {"max_tokens": asked.max_tokens, "stop": asked.stop_sequences or ()}
 
 
 def messages_of(asked: Counted) -> list[JsonObject]:
