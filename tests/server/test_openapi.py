@@ -20,8 +20,11 @@ def test_the_description_is_valid_and_of_every_route(server: Running) -> None:
     assert described == {(path, method) for path, method in routes if method != "HEAD"}
     operations: list[dict[str, Any]] = [o for methods in document["paths"].values() for o in methods.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
-    for path, methods in document["paths"].items():
-        assert ("requestBody" in methods.get("post", ())) == ("post" in methods), path
+    assert all(
+        "requestBody" in methods["post"]
+        for path, methods in document["paths"].items()
+        if "post" in methods and not path.startswith("/api/embed")  # refused unread
+    )
 
 
 def test_a_field_is_described_as_it_is_read(server: Running) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -34,7 +33,7 @@ def document(app: Starlette) -> JsonObject:
     schema_of = dict(zip(types, schemas, strict=True))
     paths: JsonObject = {}
     for route, each in zip(routes, read, strict=True):
-        operation = _operation(route)
+        operation = _operation(route.endpoint)
         parameters = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             for name in _PARAMETER.findall(route.path)
@@ -50,8 +49,9 @@ def document(app: Starlette) -> JsonObject:
             content = {"application/json": {"schema": schema_of[each.body]}}
             operation["requestBody"] = {"required": True, "content": content}
         path = paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})
-        for method in _methods(route):
-            path[method.lower()] = operation
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            name = "_".join(re.findall(r"\w+", f"{method.lower()} {route.path}"))
+            path[method.lower()] = {"operationId": name} | operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "Dapji", "version": __version__},
@@ -64,19 +64,12 @@ def document(app: Starlette) -> JsonObject:
     }
 
 
-def _methods(route: Route) -> Iterator[str]:
-    yield from sorted((route.methods or set()) - {"HEAD"})
-
-
-def _operation(route: Route) -> JsonObject:
-    endpoint: Any = route.endpoint
+def _operation(endpoint: Any) -> JsonObject:
     module = inspect.getmodule(endpoint)
     assert module is not None
-    names = [*module.__name__.split(".")[2:], endpoint.__name__.strip("_")]
     told = inspect.getdoc(endpoint) or module.__doc__ or ""
     return {
-        "operationId": "_".join(names),
-        "tags": names[:1],
+        "tags": [module.__name__.split(".")[2]],  # the protocol
         "summary": told.partition("\n")[0],
         "responses": {
             "200": {"description": "the answer; a stream of events where the request asks for one"},

@@ -35,12 +35,13 @@ from dapji.server.ollama.asked import (
 )
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import json_response, line_stream, read
+from dapji.server.wire import Reads, json_response, line_stream, read
 
 Piece = Callable[[str, str, Sequence[ToolCall]], JsonObject]
 """Content, reasoning and tool calls in the form of an endpoint."""
 
 
+@Reads(body=AskedChat)
 async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, AskedChat, limit=service.settings.max_body)
@@ -50,6 +51,7 @@ async def chat(request: Request) -> Response:
     return await _answer(request, asked, answers, _message, left_out)
 
 
+@Reads(body=AskedText)
 async def generate(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, AskedText, limit=service.settings.max_body)

@@ -16,7 +16,7 @@ from dapji.server.answering import JsonObject
 from dapji.server.problem import Problem
 from dapji.server.registry import Served
 from dapji.server.service import Service
-from dapji.server.wire import Strict, json_response, read
+from dapji.server.wire import Reads, Strict, json_response, read
 
 
 class AskedModel(Strict):
@@ -39,6 +39,7 @@ async def ps(request: Request) -> Response:
     return json_response({"models": opened})
 
 
+@Reads(body=AskedModel)
 async def show(request: Request) -> Response:
     """Reads of a model's files what describes it, and no weights."""
     service: Service = request.app.state.service
