@@ -254,3 +254,20 @@ def test_no_bos_where_neither_wants_it(both: Tokenizers) -> None:
     assert not both.ours.add_bos
     template = ChatTemplate(both.ours, {"default": BOS_TEMPLATES["leaves it out"]})
     assert both.ours.bos_id not in template.prompt([USER])
+
+
+def test_a_switch_of_reasoning_changes_the_prompt(compiled: dict[str, ChatTemplate]) -> None:
+    switched = []
+    for name, template in compiled.items():
+        try:
+            on, off = (template.render([USER], **template.reasoning(wanted)) for wanted in (True, False))
+        except TemplateError:
+            continue
+        assert on != off, name
+        switched.append(name)
+    assert len(switched) >= 25
+    assert {"Qwen-Qwen3-0.6B", "deepseek-ai-DeepSeek-V3.1", "Kimi-K3", "GLM-4.6"} <= set(switched)
+    low, high = (compiled["openai-gpt-oss-120b"].reasoning(effort) for effort in ("low", "high"))
+    assert [given["reasoning_effort"] for given in (low, high)] == ["low", "high"]
+    texts = [compiled["openai-gpt-oss-120b"].render([USER], **given) for given in (low, high)]
+    assert ["Reasoning: low" in texts[0], "Reasoning: high" in texts[1]] == [True, True]

@@ -22,7 +22,7 @@ MAX_DEPTH = 64
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send an earlier answer's reasoning; templates read the first, gpt-oss's the second."""
 _SWITCHES = ("enable_thinking", "thinking")
-"""Variables that turn reasoning on and off; the first that a template reads."""
+"""Variables that turn reasoning on and off. Some templates read both."""
 _EFFORT = "reasoning_effort"
 """The variable that says how much to reason: low, medium or high."""
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -128,9 +128,8 @@ class ChatTemplate:
                     hint="turn reasoning on or off, or leave it as it is",
                 )
             return {_EFFORT: wanted}
-        switch = next((switch for switch in _SWITCHES if switch in read), None)
-        if switch is not None:
-            return {switch: wanted}
+        if switches := read.intersection(_SWITCHES):
+            return dict.fromkeys(switches, wanted)
         reasons = AnswerFormat.of(self._sources[chosen]).reasoning is not None
         if reasons != wanted:
             raise TemplateError(
