@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anthropic
@@ -32,18 +32,20 @@ GREEDY: Any = {"max_tokens": 60, "extra_body": {"temperature": 0.0}}
 """The client has no argument for a temperature any more; the API has."""
 
 
-def connect(server: Running) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+def connect(server: Running, key: str = "none") -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0)
 
 
 @pytest.fixture
-def client(server: Running) -> anthropic.Anthropic:
-    return connect(server)
+def client(server: Running) -> Iterator[anthropic.Anthropic]:
+    with connect(server) as connected:
+        yield connected
 
 
 @pytest.fixture
-def agent(agents: Running) -> anthropic.Anthropic:
-    return connect(agents)
+def agent(agents: Running) -> Iterator[anthropic.Anthropic]:
+    with connect(agents) as connected:
+        yield connected
 
 
 def told(message: anthropic.types.Message) -> list[dict[str, Any]]:
@@ -228,11 +230,15 @@ def test_refusals_have_the_protocols_form(
         client.messages.create(model="claude", messages=HELLO, **GREEDY)
     assert missing.value.type == "not_found_error"
     key, guarded = keys.add("me"), start_server(keys=keys)
-    with pytest.raises(anthropic.AuthenticationError, match="not known") as unknown:
-        connect(guarded).messages.create(model="answer", messages=HELLO, **GREEDY)
+    with (
+        connect(guarded) as stranger,
+        pytest.raises(anthropic.AuthenticationError, match="not known") as unknown,
+    ):
+        stranger.messages.create(model="answer", messages=HELLO, **GREEDY)
     assert unknown.value.type == "authentication_error"
-    known = anthropic.Anthropic(base_url=guarded.url, api_key=key, max_retries=0)
-    assert told(known.messages.create(model="answer", messages=HELLO, **GREEDY)) == [{"type": "text", "text": ANSWER}]
+    with connect(guarded, key) as known:
+        answer = known.messages.create(model="answer", messages=HELLO, **GREEDY)
+        assert told(answer) == [{"type": "text", "text": ANSWER}]
     assert httpx.get(f"{guarded.url}/v1/messages").json()["error"]["type"] == "authentication_error"
     assert httpx.get(f"{server.url}/v1/messages").status_code == 405
 
@@ -245,7 +251,7 @@ def test_models_are_listed_in_the_form_that_is_asked_for(client: anthropic.Anthr
     assert httpx.get(f"{server.url}/v1/models").json()["object"] == "list"
 
 
-def test_a_slow_stream_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_stream_pings(client: anthropic.Anthropic, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     events = AsyncReply.events
 
     async def slow(reply: AsyncReply) -> AsyncIterator[Event]:
@@ -259,7 +265,7 @@ def test_a_slow_stream_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -
     raw = httpx.post(f"{server.url}/v1/messages", json={**asked, "stream": True})
     assert 'event: ping\ndata: {"type":"ping"}\n\n' in raw.text
     assert raw.text.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n')
-    with connect(server).messages.stream(model="answer", messages=HELLO, **GREEDY) as stream:
+    with client.messages.stream(model="answer", messages=HELLO, **GREEDY) as stream:
         assert stream.get_final_text() == ANSWER
 
 
