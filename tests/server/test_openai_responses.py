@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,15 @@ WEATHER: Any = {
 
 
 @pytest.fixture
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture
-def agent(agents: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{agents.url}/v1", api_key="none", max_retries=0)
+def agent(agents: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{agents.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_a_response(client: openai.OpenAI) -> None:
@@ -137,6 +140,20 @@ def test_calls_and_their_outputs(agent: openai.OpenAI) -> None:
     assert follow.usage.input_tokens == sent.usage.input_tokens
 
 
+def test_tools_are_told_to_the_model_as_in_a_chat(agent: openai.OpenAI) -> None:
+    bare = {key: WEATHER[key] for key in ("name", "description", "parameters")}
+    response = agent.responses.create(model="caller", input="x", tools=[WEATHER])
+    asked: Any = {"model": "caller", "messages": [{"role": "user", "content": "x"}]}
+    chat = agent.chat.completions.create(**asked, tools=[{"type": "function", "function": bare}])
+    assert response.usage is not None
+    assert chat.usage is not None
+    assert response.usage.input_tokens == chat.usage.prompt_tokens
+    told = f"{json.dumps([{'type': 'function', 'function': bare}], ensure_ascii=False)}\n"
+    without = agent.chat.completions.create(**asked)
+    assert without.usage is not None
+    assert chat.usage.prompt_tokens == without.usage.prompt_tokens + len(told.encode())  # a token is a byte here
+
+
 def test_items_become_the_messages_of_templates() -> None:
     items: Any = [
         {"type": "message", "role": "user", "content": "q"},
@@ -211,13 +228,14 @@ def test_others_do_not_find_it(start_server: Start, tmp_path: Path) -> None:
     opening = [keys.add(name) for name in ("me", "you")]
     server = start_server(keys=keys)
     me, you = (openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) for key in opening)
-    response = me.responses.create(**ASKED)
-    for ask in (you.responses.retrieve, you.responses.delete, you.responses.input_items.list):
+    with me, you:
+        response = me.responses.create(**ASKED)
+        for ask in (you.responses.retrieve, you.responses.delete, you.responses.input_items.list):
+            with pytest.raises(openai.NotFoundError):
+                ask(response.id)
         with pytest.raises(openai.NotFoundError):
-            ask(response.id)
-    with pytest.raises(openai.NotFoundError):
-        you.responses.create(**ASKED, previous_response_id=response.id)
-    assert me.responses.retrieve(response.id) == response
+            you.responses.create(**ASKED, previous_response_id=response.id)
+        assert me.responses.retrieve(response.id) == response
 
 
 def test_an_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI) -> None:
@@ -243,18 +261,18 @@ def test_a_schema_binds_the_text(client: openai.OpenAI) -> None:
 
 def test_what_cannot_be_kept_fails_before_it_is_called_complete(start_server: Start) -> None:
     server = start_server()
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    client.responses.create(**ASKED)
-    with sqlite3.connect(server.service.settings.folder / "responses.db") as db:
-        db.execute("DROP TABLE responses")
-    db.close()
-    events = list(client.responses.create(**ASKED, stream=True))
-    last: Any = events[-1]
-    assert last.type == "response.failed"
-    assert "no such table" in last.response.error.message
-    with pytest.raises(openai.InternalServerError, match="ask with store false") as caught:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         client.responses.create(**ASKED)
-    assert caught.value.status_code == 503
+        db = sqlite3.connect(server.service.settings.folder / "responses.db")
+        db.execute("DROP TABLE responses")
+        db.close()
+        events = list(client.responses.create(**ASKED, stream=True))
+        last: Any = events[-1]
+        assert last.type == "response.failed"
+        assert "no such table" in last.response.error.message
+        with pytest.raises(openai.InternalServerError, match="ask with store false") as caught:
+            client.responses.create(**ASKED)
+        assert caught.value.status_code == 503
 
 
 @pytest.mark.parametrize(

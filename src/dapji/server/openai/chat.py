@@ -23,6 +23,7 @@ from dapji.server.answering import (
     ignored_fields,
     key_of,
     template_call,
+    template_tool,
 )
 from dapji.server.openai.common import (
     Drawn,
@@ -190,7 +191,10 @@ def _options(asked: Asked) -> JsonObject:
     if asked.logprobs:
         options["logprobs"] = asked.top_logprobs or 0
     if asked.tools and asked.tool_choice != "none":
-        options["tools"] = [msgspec.to_builtins(tool) for tool in asked.tools]
+        options["tools"] = [
+            template_tool(tool.function.name, tool.function.description, tool.function.parameters)
+            for tool in asked.tools
+        ]
     options["variables"] = asked.chat_template_kwargs
     options["grammar"] = _grammar(asked.response_format)
     return options
