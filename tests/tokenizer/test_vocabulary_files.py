@@ -1,6 +1,6 @@
 """Vocabularies without tokenizer.json: what is refused, and what the files beside them say.
 
-The SentencePiece models are trained here with SentencePiece itself; test_published.py reads the real ones.
+The SentencePiece models are trained here with SentencePiece itself; test_published_vocabularies.py reads the real ones.
 """
 
 import base64
