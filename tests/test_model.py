@@ -272,6 +272,7 @@ def test_options_have_the_defaults_filled_in(model: Model) -> None:
         "max_tokens": None,
         "stop": ("x",),
         "logprobs": None,
+        "grammar": None,
     }
     assert model.options(**options) == options
 
