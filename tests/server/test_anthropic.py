@@ -12,7 +12,7 @@ import httpx
 import pytest
 from server_running import Running, Start
 
-from dapji.chat.formats import Content, Event
+from dapji.chat.formats import Content, Event, ToolCall
 from dapji.errors import UnavailableError
 from dapji.model import AsyncReply
 from dapji.server import wire
@@ -193,6 +193,7 @@ def test_a_conversation_is_the_same_as_in_openai_s_form() -> None:
     [
         ({"max_tokens": None}, "max_tokens: Expected `int`, got `null`"),
         ({"max_tokens": 0}, "max_tokens must be an integer >= 1, got 0"),
+        ({"messages": [], "system": "x"}, "at least one message"),
         ({"foo": 1}, "unknown field 'foo'"),
         ({"tools": [WEATHER], "tool_choice": {"type": "any"}}, "tool_choice.type: Invalid value 'any'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
@@ -285,3 +286,29 @@ def test_what_fails_under_way_ends_the_stream_with_an_error(
     with pytest.raises(anthropic.APIStatusError, match="the model is gone") as whole:
         client.messages.create(model="answer", messages=HELLO, **GREEDY)
     assert whole.value.status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("written", "told_input"),
+    [
+        ('{"a": 12345678901234567890123, "b": 1.0}', {"a": 12345678901234567890123, "b": 1.0}),
+        ("[1]", {"INVALID_JSON": "[1]"}),
+        ('{"a": NaN}', {"INVALID_JSON": '{"a": NaN}'}),
+        ('{"a": "\\ud800"}', {"INVALID_JSON": '{"a": "\\ud800"}'}),
+    ],
+)
+def test_the_input_of_a_call_is_an_object(
+    client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch, written: str, told_input: dict[str, Any]
+) -> None:
+    events = AsyncReply.events
+
+    async def calling(reply: AsyncReply) -> AsyncIterator[Event]:
+        yield ToolCall(text="", name="f", arguments=written)
+        async for event in events(reply):
+            yield event
+
+    monkeypatch.setattr(AsyncReply, "events", calling)
+    whole = client.messages.create(model="answer", messages=HELLO, **GREEDY)
+    assert told(whole)[0] == {"type": "tool_use", "name": "f", "input": told_input}
+    with client.messages.stream(model="answer", messages=HELLO, **GREEDY) as stream:
+        assert told(stream.get_final_message()) == told(whole)

@@ -12,7 +12,7 @@ import pytest
 from server_running import Running, Start
 
 from dapji import __version__
-from dapji.chat.formats import Content, Event
+from dapji.chat.formats import Content, Event, ToolCall
 from dapji.errors import UnavailableError
 from dapji.model import AsyncReply
 from dapji.server.keys import Keys
@@ -126,6 +126,20 @@ def test_tools_are_called(agent: ollama.Client) -> None:
     history = [*HELLO, answer.message, {"role": "tool", "tool_name": "weather", "content": "맑음"}]
     after = agent.chat("caller", history, tools=[WEATHER], options=GREEDY)
     assert (after.prompt_eval_count or 0) > (answer.prompt_eval_count or 0)
+
+
+def test_the_arguments_of_a_call_are_an_object(client: ollama.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = AsyncReply.events
+
+    async def calling(reply: AsyncReply) -> AsyncIterator[Event]:
+        yield ToolCall(text="", name="f", arguments="[1]")
+        async for event in events(reply):
+            yield event
+
+    monkeypatch.setattr(AsyncReply, "events", calling)
+    (part, *_) = client.chat("answer", HELLO, options=GREEDY, stream=True)
+    (call,) = part.message.tool_calls or ()
+    assert call.function.arguments == {"INVALID_JSON": "[1]"}
 
 
 def test_reasoning_stands_apart_and_may_be_turned_off(agent: ollama.Client) -> None:

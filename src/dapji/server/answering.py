@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dapji.chat.formats import ToolCall
 from dapji.server.service import Answers
 from dapji.server.wire import Streamed, json_response, while_connected
 
@@ -46,6 +48,16 @@ def template_tool(name: str, description: str | None, parameters: Mapping[str, A
     if parameters is not None:
         described["parameters"] = parameters
     return {"type": "function", "function": described}
+
+
+def arguments_of(call: ToolCall) -> JsonObject:
+    """For protocols whose calls hold an object: the one that the model wrote; where it wrote none, what it wrote as a
+    text under the key INVALID_JSON, as Anthropic's documentation of tools' inputs advises."""
+    with suppress(msgspec.DecodeError, RecursionError):
+        arguments = msgspec.json.decode(call.arguments)
+        if isinstance(arguments, dict):
+            return arguments
+    return {"INVALID_JSON": call.arguments}
 
 
 async def answered_whole(

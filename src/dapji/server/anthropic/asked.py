@@ -141,6 +141,8 @@ def options_of(asked: Asked) -> JsonObject:
 
 def messages_of(asked: Counted) -> list[JsonObject]:
     """As templates read them: each result of a tool is a message. Raises Problem for what no text model can take."""
+    if not asked.messages:
+        raise Problem("invalid_request", "messages must have at least one message", "messages")
     written: list[JsonObject] = []
     if asked.system:
         system = asked.system if isinstance(asked.system, str) else "".join(block.text for block in asked.system)
@@ -152,7 +154,7 @@ def messages_of(asked: Counted) -> list[JsonObject]:
             written.append(_assistant(content, called, f"messages[{i}]"))
         else:
             written += _others(message.role, content, called, f"messages[{i}]")
-    if asked.messages and asked.messages[-1].role == "assistant":
+    if asked.messages[-1].role == "assistant":
         raise Problem(
             "invalid_request",
             f"messages[{len(asked.messages) - 1}] is the assistant's: an answer that is begun cannot be continued here",

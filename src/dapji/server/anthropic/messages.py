@@ -19,6 +19,7 @@ from dapji.server.answering import (
     JsonObject,
     answered_in_parts,
     answered_whole,
+    arguments_of,
     identifier,
     ignored_fields,
     key_of,
@@ -116,7 +117,7 @@ async def _events(opened: Answers) -> AsyncIterator[JsonObject]:
     async for part in reply.events():
         if isinstance(part, ToolCall):
             block = {"type": "tool_use", "id": part.id or identifier("toolu", "_"), "name": part.name, "input": {}}
-            delta = {"type": "input_json_delta", "partial_json": part.arguments}
+            delta = {"type": "input_json_delta", "partial_json": _json(arguments_of(part))}
         elif isinstance(part, Reasoning) and part.text:
             block = {"type": "thinking", "thinking": "", "signature": ""}
             delta = {"type": "thinking_delta", "thinking": part.text}
@@ -137,6 +138,10 @@ async def _events(opened: Answers) -> AsyncIterator[JsonObject]:
     ended = {"stop_reason": _stop_reason(reply), "stop_sequence": reply.stop_string}
     yield {"type": "message_delta", "delta": ended, "usage": _usage(reply.finish.usage)}
     yield {"type": "message_stop"}
+
+
+def _json(value: JsonObject) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _stop_reason(reply: AsyncReply) -> str:

@@ -19,6 +19,7 @@ from dapji.server.answering import (
     JsonObject,
     answered_in_parts,
     answered_whole,
+    arguments_of,
     identifier,
     ignored_fields,
     key_of,
@@ -153,7 +154,7 @@ def _text(content: str, thinking: str, calls: Sequence[ToolCall]) -> JsonObject:
 
 
 def _call(call: ToolCall) -> JsonObject:
-    function = {"name": call.name, "arguments": msgspec.json.decode(call.arguments)}
+    function = {"name": call.name, "arguments": arguments_of(call)}
     return {"id": call.id or identifier("call"), "function": function}
 
 
