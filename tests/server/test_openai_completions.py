@@ -19,6 +19,10 @@ from tiny import ANSWER, CONTROL, alphabet
 GREEDY: dict[str, Any] = {"model": "answer", "temperature": 0.0, "max_tokens": 32}
 
 
+BYTES = {letter: len(CONTROL) + byte for byte, letter in enumerate(alphabet())}
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+
+
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
@@ -151,32 +155,38 @@ def test_what_is_wrong_is_named(server: Running, change: dict[str, Any], field: 
     assert error["param"] == field
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny models' tokenizer as transformers has it: a token is a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE(vocab=BYTES | {name: i for i, name in enumerate(CONTROL)}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token=CONTROL[0]).save_pretrained(folder)
+    return folder
+
+
+@needs_harness
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_evaluation_harness_reads_scores_and_answers(
-    server: Running, model: Model, tmp_path: Path, batch_size: int
+    server: Running, model: Model, byte_tokenizer: Path, batch_size: int
 ) -> None:
     """Its own requests and its own reading of the answers, against the engine's scores."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {letter: len(CONTROL) + byte for byte, letter in enumerate(alphabet())}
-    letters = Tokenizer(models.BPE(vocab=vocabulary | {name: i for i, name in enumerate(CONTROL)}, merges=[]))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<|endoftext|>").save_pretrained(tmp_path)
     harness = LocalCompletionsAPI(
         model="answer",
         base_url=f"{server.url}/v1/completions",
-        tokenizer=str(tmp_path),
+        tokenizer=str(byte_tokenizer),
         tokenizer_backend="huggingface",
         batch_size=batch_size,
         max_length=512,
     )
-
     texts = [("A:", " b"), ("A: b c", " de\n"), ("question", "\nx"), ("말", "씀"), likeliest_pair(model)]
     asked = [
         Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i, metadata=("tiny", i, 1))
@@ -185,17 +195,47 @@ def test_the_evaluation_harness_reads_scores_and_answers(
     answers = harness.loglikelihood(asked)
     assert [greedy for _, greedy in answers] == [False, False, False, False, True]
     for (context, text), (logprob, greedy) in zip(texts, answers, strict=True):
-        ids = vocabulary_ids(context, vocabulary) + vocabulary_ids(text, vocabulary)
-        start = len(vocabulary_ids(context, vocabulary))
+        ids, start = byte_ids(context + text), len(byte_ids(context))
         scores = model.engine.score(ids, start=start, n_top=1)
         assert logprob == pytest.approx(scores.chosen.sum(), abs=1e-4)
         assert greedy == all(top[0][0] == token for token, top in zip(ids[start:], scores.top, strict=True))
-    until = [
-        Instance(
-            request_type="generate_until", doc={}, arguments=("a\n", {"until": ["입"]}), idx=0, metadata=("t", 0, 1)
-        )
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")
+def test_the_evaluation_harness_runs_tasks(server: Running, model: Model, byte_tokenizer: Path) -> None:
+    import datasets
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+
+    texts = ["abc de", "hello\nthere"]
+
+    def task(name: str, metric: str, **options: Any) -> ConfigurableTask:
+        data = {"test": datasets.Dataset.from_list([{"text": text} for text in texts])}
+        options |= {"custom_dataset": lambda **_: data, "test_split": "test", "metric_list": [{"metric": metric}]}
+        return ConfigurableTask(config={"task": name, **options})
+
+    tasks = [
+        task(
+            "answers",
+            "exact_match",
+            output_type="generate_until",
+            doc_to_text="{{text}}\n",
+            doc_to_target=ANSWER[: ANSWER.index("입")],
+            generation_kwargs={"until": ["입"], "max_gen_toks": 32},
+        ),
+        task("texts", "byte_perplexity", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"),
     ]
-    assert harness.generate_until(until) == [ANSWER[: ANSWER.index("입")]]
+    told = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args=f"model=answer,base_url={server.url}/v1/completions,tokenizer={byte_tokenizer},max_length=512",
+        tasks=tasks,
+        bootstrap_iters=0,
+    )
+    assert told["results"]["answers"]["exact_match,none"] == 1
+    total = sum(model.engine.score([0, *byte_ids(text)]).chosen.sum() for text in texts)
+    expected = math.exp(-total / sum(len(text) for text in texts))
+    assert told["results"]["texts"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-5)
 
 
 def likeliest_pair(model: Model) -> tuple[str, str]:
@@ -208,9 +248,8 @@ def likeliest_pair(model: Model) -> tuple[str, str]:
     raise AssertionError("no such pair")
 
 
-def vocabulary_ids(text: str, vocabulary: dict[str, int]) -> list[int]:
-    letters = alphabet()
-    return [vocabulary[letters[byte]] for byte in text.encode()]
+def byte_ids(text: str) -> list[int]:
+    return [len(CONTROL) + byte for byte in text.encode()]
 
 
 def test_an_end_token_counts_among_the_tokens(client: openai.OpenAI) -> None:
