@@ -97,22 +97,19 @@ def test_a_running_server_sees_what_another_process_changes(start_server: Start,
 def test_a_quota_counts_prompts_and_answers_and_then_refuses(start_server: Start, keys: Keys) -> None:
     server, other = start_server(keys=keys), Keys(keys.path)
     key = other.add("me", 10_000)
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
-    usage = client.chat.completions.create(model="answer", messages=HELLO, temperature=0).usage
-    assert usage is not None
-    assert other.all()[0].used == usage.total_tokens
-    several = client.chat.completions.create(model="answer", messages=HELLO, n=2, seed=1, temperature=0).usage
-    assert several is not None
-    used = usage.total_tokens + several.total_tokens
-    assert other.all()[0].used == used
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+        asked = client.chat.completions.create
+        usages = [asked(model="answer", messages=HELLO, n=n, seed=1, temperature=0).usage for n in (1, 2)]
+    used = sum(usage.total_tokens for usage in usages if usage is not None)
+    assert other.all()[0].used == used > 0
 
     other.revoke("me")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=other.add("me", used + 5), max_retries=0)
-    for stream in (False, True):
-        with pytest.raises(openai.RateLimitError, match=f"has used {used} of its {used + 5} tokens") as told:
-            client.chat.completions.create(model="answer", messages=HELLO, stream=stream)  # type: ignore[call-overload]
-        assert told.value.code == "quota_exceeded"
-        assert int(told.value.response.headers["Retry-After"]) > 0
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=other.add("me", used + 5), max_retries=0) as client:
+        for stream in (False, True):
+            with pytest.raises(openai.RateLimitError, match=f"has used {used} of its {used + 5} tokens") as told:
+                client.chat.completions.create(model="answer", messages=HELLO, stream=stream)  # type: ignore[call-overload]
+            assert told.value.code == "quota_exceeded"
+            assert int(told.value.response.headers["Retry-After"]) > 0
 
 
 def test_an_answer_that_its_client_leaves_is_counted(start_server: Start, keys: Keys) -> None:

@@ -14,7 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_running import Running, Start
 
-from dapji.server import log
+from dapji.server import anthropic, log, ollama
+from dapji.server.openai import common
+from dapji.server.problem import STATUS, Kind, Problem
 from dapji.server.settings import Settings
 
 HELLO: list[Any] = [{"role": "user", "content": "안녕"}]
@@ -29,6 +31,12 @@ ENDLESS: dict[str, Any] = {
 def hasty(start_server: Start) -> Running:
     """One that waits for nobody."""
     return start_server(Settings(receive_timeout=1.0, timeout=0.5), context=4096)
+
+
+@pytest.fixture(scope="module")
+def brief(start_server: Start) -> Running:
+    """Too brief for 4,000 tokens, guessed ahead or not."""
+    return start_server(Settings(timeout=0.2), context=4096)
 
 
 def drip(server: Running, head: bytes, drop: bytes, seconds: float) -> tuple[bytes, float]:
@@ -106,6 +114,30 @@ def test_a_stream_ends_with_its_time_and_says_so(hasty: Running) -> None:
     assert json.loads(told[-2][6:])["error"]["message"].startswith("the answer was not whole")
     assert told[-1] == "data: [DONE]"
     assert 0.4 < time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 4000}),
+        ("/v1/completions", {"prompt": "\n", "max_tokens": 4000}),
+        ("/v1/responses", {"input": "안녕", "store": False}),
+        ("/api/chat", {"messages": HELLO}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_protocol_says_that_the_time_is_over(
+    brief: Running, path: str, asked: dict[str, Any], stream: bool
+) -> None:
+    answer = httpx.post(brief.url + path, json={"model": "endless", "stream": stream, **asked}, timeout=10)
+    assert answer.status_code == 504 or (stream and answer.status_code == 200)
+    assert "the answer was not whole within this server's time for a request" in answer.text
+
+
+@pytest.mark.parametrize("kind", STATUS)
+def test_every_protocol_has_a_form_for_every_problem(kind: Kind) -> None:
+    for protocol in (common, anthropic, ollama):
+        assert "what is wrong" in json.dumps(protocol.problem_body(Problem(kind, "what is wrong")))
 
 
 def test_only_pages_that_are_allowed_may_ask(start_server: Start) -> None:
