@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -65,6 +68,22 @@ def test_a_quota_is_of_a_day_and_outlives_the_process(keys: Keys, monkeypatch: p
     again.charge_prompt("a", 9)
     monkeypatch.setattr("dapji.server.keys._today", lambda: "2999-01-01")
     again.charge_prompt("a", 99)
+
+
+def test_the_first_keys_may_be_made_at_once(tmp_path: Path) -> None:
+    """Each thread has a connection of its own, as processes have."""
+    for i in range(20):
+        path = tmp_path / str(i) / "keys.db"
+        start = threading.Barrier(6)
+
+        def add(n: int, path: Path = path, start: threading.Barrier = start) -> str:
+            start.wait()
+            return Keys(path).add(f"k{n}") if n < 4 else str(Keys(path).asked)
+
+        with ThreadPoolExecutor(6) as threads:
+            made = list(threads.map(add, range(6)))
+        assert [Keys(path).name_of(key) for key in made[:4]] == ["k0", "k1", "k2", "k3"]
+        assert sorted(file.suffix for file in path.parent.iterdir() if file.is_dir()) == []
 
 
 def test_what_is_no_file_of_keys_is_said_to_be(keys: Keys) -> None:

@@ -13,7 +13,9 @@ import os
 import re
 import secrets
 import sqlite3
+import tempfile
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,10 +26,10 @@ from dapji.server.problem import Problem
 from dapji.weights import store
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS keys (
+CREATE TABLE keys (
     name TEXT PRIMARY KEY, salt BLOB NOT NULL, hash BLOB NOT NULL, quota INTEGER, created TEXT NOT NULL, revoked TEXT
 );
-CREATE TABLE IF NOT EXISTS used (name TEXT, day TEXT, tokens INTEGER NOT NULL, PRIMARY KEY (name, day));
+CREATE TABLE used (name TEXT, day TEXT, tokens INTEGER NOT NULL, PRIMARY KEY (name, day));
 """
 
 
@@ -58,8 +60,8 @@ class Keys:
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
             raise UsageError(f"{name!r} is no name of a key", hint="1 to 64 letters, digits and . _ -")
         key, salt = f"dapji-{secrets.token_urlsafe(32)}", secrets.token_bytes(16)
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        if not self.path.exists():
+            self._create()
         added = self._run(
             "INSERT INTO keys VALUES (?, ?, ?, ?, ?, NULL) ON CONFLICT (name) DO UPDATE SET salt = excluded.salt, "
             "hash = excluded.hash, quota = excluded.quota, created = excluded.created, revoked = NULL "
@@ -127,6 +129,18 @@ class Keys:
                 )
         self.charge(name, tokens)
 
+    def _create(self) -> None:
+        """The file appears as a whole; where another process was quicker, its file stays."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            made = Path(folder) / self.path.name
+            os.close(os.open(made, os.O_CREAT | os.O_RDWR, 0o600))
+            with closing(sqlite3.connect(made, isolation_level=None)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(_SCHEMA)
+            with suppress(FileExistsError):
+                os.link(made, self.path)
+
     def _run(self, statement: str, values: tuple[object, ...] = ()) -> Sequence[Any]:
         """One statement, which is a transaction. Without a file there is nothing."""
         try:
@@ -135,9 +149,7 @@ class Keys:
                     return []
                 connection = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
                 # A commit need not wait for the disk: a killed process loses nothing, a power cut a few counts.
-                connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
-                connection.executescript(_SCHEMA)
                 self._connection = connection
             return self._connection.execute(statement, values).fetchall()
         except sqlite3.DatabaseError as error:
