@@ -12,7 +12,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dapji.chat.formats import ToolCall
 from dapji.server.service import Answers
 from dapji.server.wire import Streamed, json_response, while_connected
 
@@ -50,14 +49,15 @@ def template_tool(name: str, description: str | None, parameters: Mapping[str, A
     return {"type": "function", "function": described}
 
 
-def arguments_of(call: ToolCall) -> JsonObject:
-    """For protocols whose calls hold an object: the one that the model wrote; where it wrote none, what it wrote as a
-    text under the key INVALID_JSON, as Anthropic's documentation of tools' inputs advises."""
+def arguments_of(written: str) -> JsonObject:
+    """The object that a model wrote as a call's arguments, for templates and for protocols whose calls hold an object.
+    Where it wrote none, what it wrote as a text under the key INVALID_JSON, as Anthropic's documentation of tools'
+    inputs advises: a conversation goes on after a call that failed."""
     with suppress(msgspec.DecodeError, RecursionError):
-        arguments = msgspec.json.decode(call.arguments)
+        arguments = msgspec.json.decode(written or "{}")
         if isinstance(arguments, dict):
             return arguments
-    return {"INVALID_JSON": call.arguments}
+    return {"INVALID_JSON": written}
 
 
 async def answered_whole(

@@ -117,7 +117,7 @@ async def _events(opened: Answers) -> AsyncIterator[JsonObject]:
     async for part in reply.events():
         if isinstance(part, ToolCall):
             block = {"type": "tool_use", "id": part.id or identifier("toolu", "_"), "name": part.name, "input": {}}
-            delta = {"type": "input_json_delta", "partial_json": _json(arguments_of(part))}
+            delta = {"type": "input_json_delta", "partial_json": _json(arguments_of(part.arguments))}
         elif isinstance(part, Reasoning) and part.text:
             block = {"type": "thinking", "thinking": "", "signature": ""}
             delta = {"type": "thinking_delta", "thinking": part.text}

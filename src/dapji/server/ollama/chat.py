@@ -154,7 +154,7 @@ def _text(content: str, thinking: str, calls: Sequence[ToolCall]) -> JsonObject:
 
 
 def _call(call: ToolCall) -> JsonObject:
-    function = {"name": call.name, "arguments": arguments_of(call)}
+    function = {"name": call.name, "arguments": arguments_of(call.arguments)}
     return {"id": call.id or identifier("call"), "function": function}
 
 

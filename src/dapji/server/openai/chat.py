@@ -19,6 +19,7 @@ from dapji.server.answering import (
     JsonObject,
     answered_in_parts,
     answered_whole,
+    arguments_of,
     identifier,
     ignored_fields,
     key_of,
@@ -28,7 +29,6 @@ from dapji.server.answering import (
 from dapji.server.openai.common import (
     Drawn,
     StreamOptions,
-    arguments_object,
     logprob_objects,
     problem_body,
     sampling_of,
@@ -165,7 +165,10 @@ def message_of(index: int, message: Message) -> JsonObject:
         if (value := getattr(message, name)) is not None:
             written[name] = value
     if message.tool_calls is not None:
-        written["tool_calls"] = [_told_call(index, i, call) for i, call in enumerate(message.tool_calls)]
+        written["tool_calls"] = [
+            template_call(call.function.name, arguments_of(call.function.arguments), call.id)
+            for call in message.tool_calls
+        ]
     return written
 
 
@@ -173,12 +176,6 @@ def _text(part: TextPart | ImagePart | RefusalPart, where: str) -> str:
     if isinstance(part, ImagePart):
         raise Problem("invalid_request", f"{where} is an image; this model takes text only", where)
     return part.refusal if isinstance(part, RefusalPart) else part.text
-
-
-def _told_call(message: int, index: int, call: Call) -> JsonObject:
-    where = f"messages[{message}].tool_calls[{index}].function.arguments"
-    arguments = arguments_object(call.function.arguments, where)
-    return template_call(call.function.name, arguments, call.id)
 
 
 def _options(asked: Asked) -> JsonObject:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from dapji.engine import Logprobs
 from dapji.model import AsyncReply
 from dapji.server.problem import Kind, Problem
@@ -61,14 +59,6 @@ def problem_body(problem: Problem) -> dict[str, Any]:
             "code": problem.code,
         }
     }
-
-
-def arguments_object(arguments: str, where: str) -> Any:
-    """Of a call, as templates want them. Raises Problem."""
-    try:
-        return msgspec.json.decode(arguments or "{}")
-    except msgspec.DecodeError as error:
-        raise Problem("invalid_request", f"{where} is not JSON: {error}", where) from None
 
 
 def usage_of(replies: Sequence[AsyncReply], *, n: int | None = None) -> dict[str, Any]:

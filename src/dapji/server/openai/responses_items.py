@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from dapji.server.answering import JsonObject, identifier, template_call
-from dapji.server.openai.common import arguments_object
+from dapji.server.answering import JsonObject, arguments_of, identifier, template_call
 from dapji.server.wire import Strict
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -98,12 +97,12 @@ def items_of(given: str | list[Item]) -> list[Item]:
 
 
 def messages_of(items: Sequence[Item], instructions: str | None) -> list[JsonObject]:
-    """As templates read them; what a model wrote in one turn (reasoning, text, calls) is one. Raises Problem."""
+    """As templates read them; what a model wrote in one turn (reasoning, text, calls) is one."""
     messages: list[JsonObject] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
     names: dict[str, str] = {}  # of called functions
-    for i, item in enumerate(items):
+    for item in items:
         last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
         if isinstance(item, CallOutputItem):
             output = item.output if isinstance(item.output, str) else "".join(part.text for part in item.output)
@@ -122,8 +121,8 @@ def messages_of(items: Sequence[Item], instructions: str | None) -> list[JsonObj
             names[item.call_id] = item.name
             if last is None:
                 messages.append(last := {"role": "assistant", "content": ""})
-            arguments = arguments_object(item.arguments, f"input[{i}].arguments")
-            last.setdefault("tool_calls", []).append(template_call(item.name, arguments, item.call_id))
+            call = template_call(item.name, arguments_of(item.arguments), item.call_id)
+            last.setdefault("tool_calls", []).append(call)
     return messages
 
 
