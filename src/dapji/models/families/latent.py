@@ -127,6 +127,8 @@ def _mscale_all_dim_of(fields: Fields, scaling: RopeScaling | None) -> float:
 
 def _score_scale(head_dim: int, scaling: RopeScaling | None, mscale_all_dim: float) -> float:
     """1 / sqrt(head_dim), and where yarn stretches, that times (0.1 mscale_all_dim ln(factor) + 1)^2."""
+    if head_dim < 1:
+        raise ConfigError(f"head_dim ({head_dim}) must be positive")
     scale: float = head_dim**-0.5
     if scaling is None or not mscale_all_dim:
         return scale

@@ -104,12 +104,19 @@ def _longrope_from_hf(fields: Fields, rope: Fields, stated_context: int) -> Rope
         rope.require("original_max_position_embeddings", original)
     return RopeScaling(
         kind="longrope",
-        factor=rope.number("factor", max(stated_context / original, 1.0)),
+        factor=rope.number("factor", _stretch(stated_context, original)),
         original_context=original,
         attention_factor=rope.number("attention_factor") if "attention_factor" in rope else None,
         short_factors=rope.numbers("short_factor"),
         long_factors=rope.numbers("long_factor"),
     )
+
+
+def _stretch(context: int, original: int) -> float:
+    """Longrope's factor, where nothing says it. Raises ConfigError where `RopeScaling` would, which comes too late."""
+    if original < 2:
+        raise ConfigError(f"rope scaling longrope: original_context ({original}) must be at least 2")
+    return max(context / original, 1.0)
 
 
 def _scaling_from_hf(
@@ -177,7 +184,7 @@ def rope_to_hf(rope: RopeConfig, *, max_context: int) -> dict[str, object]:
         # "type", and the factor only where it has to be said: what the first readers of this scaling insist on
         written = {"type": "longrope", "short_factor": list(scaling.short_factors)}
         written["long_factor"] = list(scaling.long_factors)
-        if scaling.factor != max(max_context / original, 1.0):
+        if scaling.factor != _stretch(max_context, original):
             written["factor"] = scaling.factor
         if scaling.attention_factor is not None:
             written["attention_factor"] = scaling.attention_factor
@@ -221,7 +228,7 @@ def rope_from_gguf(
     original = fields.integer("rope.scaling.original_context_length", stated_context)
     scaling = None
     if kind == "longrope" or LONG_FACTORS in tensors or SHORT_FACTORS in tensors:
-        scaling = _longrope_from_gguf(fields, max(stated_context / original, 1.0), original, tensors)
+        scaling = _longrope_from_gguf(fields, _stretch(stated_context, original), original, tensors)
     elif kind == "linear" and factor not in (0, 1):
         scaling = RopeScaling(kind="linear", factor=factor, original_context=stated_context)
     elif kind == "yarn":

@@ -5,13 +5,14 @@ Takes and returns plain mappings: the files are read and written in `weights`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from dapji.errors import ConfigError
-from dapji.models.config import ModelConfig
+from dapji.models.config import ModelConfig, weight_shapes
 from dapji.models.families import fp8
 from dapji.models.families.deepseek_v2 import DEEPSEEK_V2
 from dapji.models.families.deepseek_v3 import DEEPSEEK_V3
@@ -80,6 +81,7 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
                 f"config.json says tie_word_embeddings, but {head_name} differs from {embed_name}",
                 hint="set tie_word_embeddings to false if the head is a matrix of its own",
             )
+    _check_room(config, given)
     layout = family.hf if family.hf_layout is None else family.hf_layout(fields)
     predictors = [
         name for rule in layout.all_rules(config) if rule.ours[0].startswith("predictors.") for name in rule.foreign
@@ -121,6 +123,16 @@ def _without_storage(config_json: Mapping[str, object]) -> dict[str, object]:
     }
 
 
+def _check_room(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Rules make lists as long as a weight has rows, before they see a tensor: a hostile size must not get that far."""
+    values = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    for name, shape in weight_shapes(replace(config, predictors=())).items():
+        if math.prod(shape) > values:
+            raise ConfigError(
+                f"the configuration says {list(shape)} for {name}, but all tensors together have {values} values"
+            )
+
+
 def _left_out(family: Family) -> tuple[str, ...]:
     return () if family.wrapper is None else family.wrapper.left_out
 
@@ -156,6 +168,7 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
         rope_tensors={name: tuple(map(float, tensor.float32().ravel())) for name, tensor in ropes.items()},
     )
     config = family.from_gguf(fields, facts)
+    _check_room(config, given)
     layout = family.gguf if family.gguf_layout is None else family.gguf_layout(facts)
     return config, take(layout.all_rules(config), given)
 
