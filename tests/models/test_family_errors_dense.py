@@ -90,6 +90,10 @@ FULL_3 = ["full_attention"] * 3
         ("phi3", {"partial_rotary_factor": 1.5}, r"rope.dim \(24\) must be at most head_dim \(16\)"),
         ("phi3-longrope", {"partial_rotary_factor": 0.5}, r"rope: 8 short_factors for dim/2 \(4\)"),
         ("phi3-longrope", {"original_max_position_embeddings": 1}, r"original_context \(1\) must be at least 2"),
+        ("phi3-longrope", {"original_max_position_embeddings": 0}, r"original_context \(0\) must be at least 2"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}, r"3 no_rope_layers for num_hidden_layers \(5\)"),
+        ("smollm3", {"no_rope_layers": [1, 1, 2, 0, 1]}, "no_rope_layers must have 0 and 1, not 2"),
+        ("smollm3", {"no_rope_layer_interval": 0}, r"no_rope_layer_interval \(0\) must be positive"),
     ],
 )
 def test_config_json(name: str, changes: dict[str, Any], message: str) -> None:

@@ -20,15 +20,15 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, HF
-from dapji.models.families.rope import ROPE_FREQS
-from dapji.models.families.windows import (
+from dapji.models.families.patterns import (
     all_but_every,
+    limited_from_hf,
     two_kinds,
     windowed_from_gguf,
-    windowed_from_hf,
     windows_to_gguf,
     windows_to_hf,
 )
+from dapji.models.families.rope import ROPE_FREQS
 
 _HF = replace(
     HF,
@@ -45,7 +45,7 @@ _PERIOD = 4
 def _from_hf(fields: Fields) -> ModelConfig:
     sizes = sizes_from_hf(fields.assuming({"rms_norm_eps": 1e-5}))
     window = fields.optional_integer("sliding_window", 4096)
-    windowed = windowed_from_hf(fields, _by_pattern(fields, sizes.n_layers, window is not None))
+    windowed = limited_from_hf(fields, _by_pattern(fields, sizes.n_layers, window is not None))
     if window is None and any(windowed):
         raise ConfigError("config.json: layer_types has sliding_attention, but sliding_window is null")
     fields.finish((*HF_IGNORABLE, "sliding_window_pattern"))

@@ -25,16 +25,16 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, HF, shifted_norms
-from dapji.models.families.rope import rope_from_hf, rope_of
-from dapji.models.families.windows import (
+from dapji.models.families.patterns import (
     LAYER_TYPES,
     all_but_every,
+    limited_from_hf,
     two_kinds,
     windowed_from_gguf,
-    windowed_from_hf,
     windows_to_gguf,
     windows_to_hf,
 )
+from dapji.models.families.rope import rope_from_hf, rope_of
 from dapji.ops.rope import RopeConfig
 
 _NAMES = {"hidden_act": "hidden_activation"}
@@ -84,7 +84,7 @@ def _attention_from_hf(fields: Fields, sizes: Sizes) -> AttentionConfig:
 
 def _windowed_from_hf(fields: Fields, n_layers: int, period: int) -> tuple[int | None, list[bool]]:
     window = fields.optional_integer("sliding_window", 4096)
-    windowed = windowed_from_hf(fields, all_but_every(period, n_layers))
+    windowed = limited_from_hf(fields, all_but_every(period, n_layers))
     if window is None and any(windowed):
         raise ConfigError("config.json: layers of sliding_attention need a sliding_window")
     if window is not None:  # the same again, in files of Gemma 2

@@ -36,6 +36,7 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF_INTERLEAVED, HF, Rule, interleaved, renamed, turned
+from dapji.models.families.patterns import all_but_every, limited_from_hf, rotated_from_hf
 from dapji.models.families.rope import ROPE_FREQS
 from dapji.ops.attention import Temperature
 from dapji.ops.protocol import Activation
@@ -122,16 +123,10 @@ def _from_hf(fields: Fields) -> ModelConfig:
     n_layers = sizes.n_layers
     bias = fields.boolean("attention_bias", False)
     chunk = fields.optional_integer("attention_chunk_size", 8192)
-    rotated = _rotated(fields, n_layers)
-    chunked = [rotates and chunk is not None for rotates in rotated]
-    if "layer_types" in fields:
-        types = fields.strings("layer_types")
-        _check_length("layer_types", types, n_layers)
-        if unknown := sorted(set(types) - set(_LAYER_TYPES)):
-            raise ConfigError(f"config.json: layer_types {unknown[0]!r} is not supported")
-        chunked = [kind == "chunked_attention" for kind in types]
-        if chunk is None and any(chunked):
-            raise ConfigError("config.json: layer_types has chunked_attention, but attention_chunk_size is null")
+    rotated = rotated_from_hf(fields, n_layers)
+    chunked = limited_from_hf(fields, [rotates and chunk is not None for rotates in rotated], _LAYER_TYPES)
+    if chunk is None and any(chunked):
+        raise ConfigError("config.json: layer_types has chunked_attention, but attention_chunk_size is null")
     temperature = Temperature(scale=fields.number("attn_scale", 0.1), length=fields.integer("floor_scale", 8192))
     # Files of the first days have the number 4, which is true.
     tuned = (
@@ -161,25 +156,6 @@ def _from_hf(fields: Fields) -> ModelConfig:
     # for_llm_compressor, cache_implementation: of programs that wrote or run the files
     fields.finish((*HF_IGNORABLE, *experts.HF_IGNORABLE, "for_llm_compressor", "cache_implementation"))
     return _model(sizes, attentions, routed, dense, places)
-
-
-def _rotated(fields: Fields, n_layers: int) -> list[bool]:
-    """In no_rope_layers, in spite of its name, 1 is a layer that rotates. An empty list counts as absent."""
-    interval = fields.integer("no_rope_layer_interval", 4)
-    if interval < 1:
-        raise ConfigError(f"config.json: no_rope_layer_interval ({interval}) must be positive")
-    stated = fields.integers("no_rope_layers") if "no_rope_layers" in fields else []
-    if not stated:
-        return [(i + 1) % interval != 0 for i in range(n_layers)]
-    if other := set(stated) - {0, 1}:
-        raise ConfigError(f"config.json: no_rope_layers must have 0 and 1, not {min(other)}")
-    _check_length("no_rope_layers", stated, n_layers)
-    return [flag == 1 for flag in stated]
-
-
-def _check_length(key: str, stated: Sequence[object], n_layers: int) -> None:
-    if len(stated) != n_layers:
-        raise ConfigError(f"config.json: {len(stated)} {key} for num_hidden_layers ({n_layers})")
 
 
 def _step(fields: Fields, where: str) -> int:
@@ -232,7 +208,7 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 
 def _gguf_attentions(plain: AttentionConfig, n_layers: int, n_experts: int) -> _Attentions:
     """What llama.cpp computes."""
-    rotated = [(i + 1) % _GGUF_INTERVAL != 0 for i in range(n_layers)]
+    rotated = all_but_every(_GGUF_INTERVAL, n_layers)
     return _Attentions(
         plain=plain,
         rotated=rotated,

@@ -1,4 +1,4 @@
-"""Which layers have a window, as foreign configurations say it: by the layers' types, or every so many.
+"""Which layers have a window, a chunk or a rope, as foreign configurations say it: layer by layer, or every so many.
 
 Knows no model; sits beside the families that use it.
 """
@@ -20,23 +20,36 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 _PATTERN = "attention.sliding_window_pattern"
 
 
-def all_but_every(period: int, n_layers: int) -> list[bool]:
-    """True but for every period-th. Raises ConfigError unless the period is positive."""
+def all_but_every(period: int, n_layers: int, key: str = "sliding_window_pattern") -> list[bool]:
+    """True but for every period-th. Raises ConfigError, which names the key, unless the period is positive."""
     if period < 1:
-        raise ConfigError(f"sliding_window_pattern ({period}) must be positive")
+        raise ConfigError(f"{key} ({period}) must be positive")
     return [(i + 1) % period != 0 for i in range(n_layers)]
 
 
-def windowed_from_hf(fields: Fields, otherwise: Sequence[bool]) -> list[bool]:
-    """Of every layer, whether it has a window, by layer_types. otherwise: where the file has none."""
+def limited_from_hf(fields: Fields, otherwise: Sequence[bool], types: tuple[str, str] = LAYER_TYPES) -> list[bool]:
+    """Of every layer, whether it is of the second of `types`, by layer_types. otherwise: where the file has none."""
     if "layer_types" not in fields:
         return list(otherwise)
-    types = fields.strings("layer_types")
-    if len(types) != len(otherwise):
-        raise ConfigError(f"config.json: {len(types)} layer_types for num_hidden_layers ({len(otherwise)})")
-    if unknown := sorted(set(types) - set(LAYER_TYPES)):
+    stated = fields.strings("layer_types")
+    _check_length("layer_types", stated, len(otherwise))
+    if unknown := sorted(set(stated) - set(types)):
         raise ConfigError(f"config.json: layer_types {unknown[0]!r} is not supported")
-    return [type == "sliding_attention" for type in types]
+    return [kind == types[1] for kind in stated]
+
+
+def rotated_from_hf(fields: Fields, n_layers: int) -> list[bool]:
+    """Of every layer, whether it has a rope: by no_rope_layers, where, in spite of the name, 1 is a layer that has one;
+    where that is absent or empty, all but every no_rope_layer_interval-th."""
+    period = fields.integer("no_rope_layer_interval", 4)
+    by_period = all_but_every(period, n_layers, "no_rope_layer_interval")
+    stated = fields.integers("no_rope_layers") if "no_rope_layers" in fields else []
+    if not stated:
+        return by_period
+    if other := set(stated) - {0, 1}:
+        raise ConfigError(f"config.json: no_rope_layers must have 0 and 1, not {min(other)}")
+    _check_length("no_rope_layers", stated, n_layers)
+    return [flag == 1 for flag in stated]
 
 
 def windows_to_hf(config: ModelConfig) -> dict[str, object]:
@@ -46,7 +59,8 @@ def windows_to_hf(config: ModelConfig) -> dict[str, object]:
 
 
 def windowed_from_gguf(fields: Fields, n_layers: int, period: int) -> list[bool]:
-    """The same of `<architecture>.*`: a list, or a period. period: where the file has neither."""
+    """Of every layer, whether it has a window, by `<architecture>.*`: a list, or a period. period: where the file has
+    neither."""
     if not fields.holds(_PATTERN, list, np.ndarray):
         return all_but_every(fields.integer(_PATTERN, period), n_layers)
     windowed = fields.booleans(_PATTERN)
@@ -80,6 +94,11 @@ def two_kinds(config: ModelConfig) -> tuple[LayerConfig | None, LayerConfig | No
         if replace(windowed, attention=attention) != full:
             raise ConfigError(f"{config.family} has no form for layers that differ in more than window and rope")
     return windowed, full
+
+
+def _check_length(key: str, stated: Sequence[object], n_layers: int) -> None:
+    if len(stated) != n_layers:
+        raise ConfigError(f"config.json: {len(stated)} {key} for num_hidden_layers ({n_layers})")
 
 
 def _attention(layer: LayerConfig) -> AttentionConfig:

@@ -18,7 +18,7 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF, HF
-from dapji.models.families.windows import windowed_from_hf, windows_to_hf
+from dapji.models.families.patterns import limited_from_hf, windows_to_hf
 
 
 def _from_hf(fields: Fields) -> ModelConfig:
@@ -48,7 +48,7 @@ def layer_windows(fields: Fields, n_layers: int) -> list[int | None]:
     stated = fields.optional_integer("sliding_window", 4096)
     window = stated if use_window else None
     first_windowed = fields.integer("max_window_layers", 28)
-    windowed = windowed_from_hf(fields, [window is not None and i >= first_windowed for i in range(n_layers)])
+    windowed = limited_from_hf(fields, [window is not None and i >= first_windowed for i in range(n_layers)])
     if window is None and any(windowed):
         raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is false")
     return [window if it_has else None for it_has in windowed]

@@ -19,6 +19,7 @@ from dapji.models.families.family import (
 )
 from dapji.models.families.fields import Fields
 from dapji.models.families.layout import GGUF_INTERLEAVED, HF
+from dapji.models.families.patterns import all_but_every, rotated_from_hf
 
 _STEP = 4
 """GGUF says nothing of the layers without rotation: they are every fourth, counted from 1."""
@@ -28,12 +29,7 @@ def _from_hf(fields: Fields) -> ModelConfig:
     sizes = sizes_from_hf(fields.assuming({"tie_word_embeddings": True, "rope_theta": 2_000_000.0}))
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         fields.require(key, False)
-    step = fields.integer("no_rope_layer_interval", _STEP)
-    rotated = [(i + 1) % step != 0 for i in range(sizes.n_layers)]
-    if "no_rope_layers" in fields:  # 1 means that there is a rope
-        rotated = [flag == 1 for flag in fields.integers("no_rope_layers")]
-        if len(rotated) != sizes.n_layers:
-            raise ConfigError(f"config.json: {len(rotated)} no_rope_layers for num_hidden_layers ({sizes.n_layers})")
+    rotated = rotated_from_hf(fields, sizes.n_layers)
     fields.finish((*HF_IGNORABLE, "layer_types", "sliding_window", "max_window_layers"))
     return _model(sizes, rotated)
 
@@ -47,12 +43,12 @@ def _to_hf(config: ModelConfig) -> dict[str, object]:
 def _from_gguf(fields: Fields, facts: GgufFacts) -> ModelConfig:
     sizes = sizes_from_gguf(fields, facts)
     fields.finish(GGUF_IGNORABLE)
-    return _model(sizes, [(i + 1) % _STEP != 0 for i in range(sizes.n_layers)])
+    return _model(sizes, all_but_every(_STEP, sizes.n_layers))
 
 
 def _to_gguf(config: ModelConfig) -> dict[str, object]:
     attention, feed_forward, rotated = _parts(config)
-    if rotated != [(i + 1) % _STEP != 0 for i in range(config.n_layers)]:
+    if rotated != all_but_every(_STEP, config.n_layers):
         raise ConfigError(f"GGUF has no form for layers without rotation other than every {_STEP}th in smollm3")
     if feed_forward.activation != "silu":
         raise ConfigError(f"GGUF: the activation {feed_forward.activation} is not supported, only silu is")
