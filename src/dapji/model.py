@@ -234,6 +234,11 @@ class Model:
         chosen = {} if thinking is None else self.template.reasoning(thinking, tools=tools)
         rendered = self.template.render(messages, tools=tools, **chosen | dict(variables or {}))
         parser = self.template.parser(rendered, tools=tools)
+        if options.get("grammar") is not None and parser.begins_in_reasoning:
+            raise RequestError(
+                "a grammar is of the answer from its first token on, and this model begins with reasoning",
+                hint="turn reasoning off (thinking=False), where the model's chat template allows it",
+            )
         return self._prepare(self.template.encode(rendered), options, parser, continuation=False)
 
     def prepare_completion(self, prompt: str | Sequence[int], **options: Any) -> Prepared:

@@ -157,6 +157,14 @@ def test_reasoning_stands_apart_and_may_be_turned_off(agent: ollama.Client) -> N
         agent.chat("thinker", HELLO, think="high")
 
 
+def test_a_format_needs_an_answer_without_reasoning(agent: ollama.Client) -> None:
+    schema: Any = {"enum": ["예", "아니오"]}
+    with pytest.raises(ollama.ResponseError, match=r"begins with reasoning\. Hint: turn reasoning off"):
+        agent.chat("thinker", HELLO, format=schema)
+    answer = agent.chat("thinker", HELLO, format=schema, think=False)
+    assert json.loads(answer.message.content or "") in schema["enum"]
+
+
 def test_answers_have_the_format_that_is_asked_for(client: ollama.Client) -> None:
     schema: Any = {"type": "object", "properties": {"답": {"enum": ["예", "아니오"]}}, "required": ["답"]}
     schema["additionalProperties"] = False

@@ -34,6 +34,10 @@ class KimiK3(Grammar):
     def markers(self) -> Sequence[str]:
         return (_OPEN, _CLOSE, _SEPARATOR)
 
+    @property
+    def begins_in_reasoning(self) -> bool:
+        return self.within == "think"
+
     def after(self, prompt: str) -> KimiK3:
         return replace(
             self, within=next((name for name in ("think", "response") if prompt.endswith(_begin(name))), None)

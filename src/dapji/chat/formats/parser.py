@@ -22,6 +22,11 @@ class Grammar(ABC):
     def steps(self, reader: Reader) -> Steps[None]:
         """Reads its part of an answer, to its own end or to that of the answer. Never raises."""
 
+    @property
+    def begins_in_reasoning(self) -> bool:
+        """Whether the prompt has begun reasoning, which the answer goes on with."""
+        return False
+
     def after(self, prompt: str) -> Grammar:
         """As it is for an answer to this prompt, which may have begun it."""
         return self
@@ -70,6 +75,8 @@ class Parser:
         control: spellings of the model's control tokens. A marker that is one counts only where it comes as one.
         tools: JSON schemas, as templates get them; formats that write arguments as plain text read types from them.
         """
+        self.begins_in_reasoning = any(grammar.begins_in_reasoning for grammar in grammars)
+        """Whether the answer goes on with reasoning that the prompt has begun."""
         markers = [marker for grammar in grammars for marker in grammar.markers]
         self._reader = Reader(Marks(markers, control), _schemas(tools))
         self._run = self._steps(grammars)
