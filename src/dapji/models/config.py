@@ -106,6 +106,8 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
+    """Attention, then a feed-forward, each added to the residual stream."""
+
     attention: AttentionConfig | LatentAttentionConfig
     feed_forward: FeedForwardConfig | ExpertsConfig
     norms: Literal["before", "after", "both"] = "before"

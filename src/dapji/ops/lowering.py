@@ -140,10 +140,9 @@ class Lowering:
         q, k, v = node.inputs
         (q, q_norm, table), (k, k_norm, key_table) = _transformed(q), _transformed(k)
         assert table is key_table
-        sources = (q, k, v)
         output = self._take(node)
         emit(
-            "attention", *(self._buffer_of[source] for source in sources), output, table, q_norm, k_norm,
+            "attention", *(self._buffer_of[source] for source in (q, k, v)), output, table, q_norm, k_norm,
             node.arguments["layer"], node.arguments["attention"],
         )  # fmt: skip
         for x in node.inputs:

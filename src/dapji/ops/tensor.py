@@ -150,11 +150,11 @@ class Tensor:
             parts=(),
         )
 
-    def transposed(self, name: str | None = None) -> Tensor:
+    def transposed(self) -> Tensor:
         """[rows, cols] -> [cols, rows], or each matrix of [n, rows, cols]; made when asked for, `without_blocks`."""
         if len(self.shape) == 3:
             n, rows, cols = self.shape
-            return Tensor.joined(name or self.name, [part.transposed() for part in self.split()], n, cols, rows)
+            return Tensor.joined(self.name, [part.transposed() for part in self.split()], n, cols, rows)
         plain = self.without_blocks()
         rows, cols = plain.shape
         size = plain.format.block_bytes
@@ -163,6 +163,6 @@ class Tensor:
             return np.ascontiguousarray(plain.data.reshape(rows, cols, size).swapaxes(0, 1)).reshape(cols, -1)
 
         return Tensor(
-            name=f"{name or self.name} transposed", format=plain.format, shape=(cols, rows), source=make,
+            name=f"{self.name} transposed", format=plain.format, shape=(cols, rows), source=make,
             release=self.release,
         )  # fmt: skip

@@ -46,7 +46,7 @@ def _from_hf(fields: Fields) -> ModelConfig:
     sizes = sizes_from_hf(fields, names=_NAMES)
     # embed_dropout is of training, auto_map names the published code
     fields.finish((*HF_IGNORABLE, "embed_dropout", "auto_map"))
-    layer = sizes.layer(window=None, qkv_bias=False, out_bias=False, feed_forward_bias=False)
+    layer = sizes.layer()
     return sizes.model("exaone", (layer,) * sizes.n_layers)
 
 

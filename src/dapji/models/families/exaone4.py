@@ -13,6 +13,7 @@ from dapji.models.families.family import (
     Family,
     GgufFacts,
     Sizes,
+    require_gguf_activation,
     sizes_from_gguf,
     sizes_from_hf,
     sizes_to_gguf,
@@ -107,8 +108,7 @@ def _from_gguf(fields: Fields, facts: GgufFacts) -> ModelConfig:
 
 def _to_gguf(config: ModelConfig) -> dict[str, object]:
     attention, feed_forward = _rotated(config)
-    if feed_forward.activation != "silu":
-        raise ConfigError(f"GGUF: the activation {feed_forward.activation} is not supported, only silu is")
+    require_gguf_activation(feed_forward.activation)
     assert attention.rope is not None
     written = sizes_to_gguf(config, attention, attention.rope, feed_forward.hidden_dim)
     return written if attention.window is None else {**written, **windows_to_gguf(config)}

@@ -144,14 +144,20 @@ def experts_from_gguf(fields: Fields, routing: GgufRouting, *, selection_bias: b
     )
 
 
-def experts_to_gguf(experts: ExpertsConfig, routing: GgufRouting) -> dict[str, object]:
-    """The inverse of `experts_from_gguf`. Raises ConfigError where the architecture cannot say something."""
-    shared, rest = divmod(experts.shared_hidden_dim, experts.hidden_dim)
+def shared_count(experts: ExpertsConfig, where: str) -> int:
+    """Of how many experts' size the shared one is. Raises ConfigError where that is no whole number."""
+    count, rest = divmod(experts.shared_hidden_dim, experts.hidden_dim)
     if rest:
         raise ConfigError(
-            f"GGUF has no form for a shared_hidden_dim ({experts.shared_hidden_dim}) that is no multiple of hidden_dim "
-            f"({experts.hidden_dim})"
+            f"{where} has no form for a shared_hidden_dim ({experts.shared_hidden_dim}) that is no multiple of "
+            f"hidden_dim ({experts.hidden_dim})"
         )
+    return count
+
+
+def experts_to_gguf(experts: ExpertsConfig, routing: GgufRouting) -> dict[str, object]:
+    """The inverse of `experts_from_gguf`. Raises ConfigError where the architecture cannot say something."""
+    shared = shared_count(experts, "GGUF")
     require_form(experts, replace(experts, routing=routing.sayable(experts.routing), activation="silu"), "GGUF")
     written = {**routing.write(experts.routing), "expert_feed_forward_length": experts.hidden_dim}
     return {**written, "expert_shared_count": shared} if shared else written

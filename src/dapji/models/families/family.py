@@ -210,7 +210,15 @@ class Sizes:
     def feed_forward(self) -> FeedForwardConfig:
         return FeedForwardConfig(hidden_dim=self.hidden_dim, activation=self.activation)
 
-    def layer(self, *, window: int | None, qkv_bias: bool, out_bias: bool, feed_forward_bias: bool) -> LayerConfig:
+    def layer(
+        self,
+        *,
+        window: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        feed_forward_bias: bool = False,
+    ) -> LayerConfig:
+        """The plainest, but for these."""
         return LayerConfig(
             attention=replace(self.attention, window=window, qkv_bias=qkv_bias, out_bias=out_bias),
             feed_forward=replace(self.feed_forward, bias=feed_forward_bias),
@@ -396,14 +404,19 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     attention, feed_forward = uniform_layer(config)
     if len(set(windows(config))) > 1:
         raise ConfigError("GGUF has no form for windows in some layers only")
-    if feed_forward.activation != "silu":
-        raise ConfigError(f"GGUF: the activation {feed_forward.activation} is not supported, only silu is")
+    require_gguf_activation(feed_forward.activation)
     if attention.rope is None:
         raise ConfigError("GGUF has no form for heads that are not rotated")
     written = sizes_to_gguf(config, attention, attention.rope, feed_forward.hidden_dim)
     if attention.window is not None:
         written["attention.sliding_window"] = attention.window
     return written
+
+
+def require_gguf_activation(activation: Activation, only: Activation = "silu") -> None:
+    """No key says it: an architecture has one."""
+    if activation != only:
+        raise ConfigError(f"GGUF: the activation {activation} is not supported, only {only} is")
 
 
 def shortest(value: float) -> float:

@@ -18,6 +18,7 @@ from dapji.models.families.family import (
     GgufFacts,
     Sizes,
     Wrapper,
+    require_gguf_activation,
     sizes_from_gguf,
     sizes_from_hf,
     sizes_to_gguf,
@@ -140,8 +141,7 @@ def _gguf_scale(attention: AttentionConfig, dim: int, n_layers: int, layers_of_2
 
 def _to_gguf(config: ModelConfig, layers_of_27b: int, period: int) -> dict[str, object]:
     attention, feed_forward, rope, _ = _kinds(config)
-    if feed_forward.activation != "gelu_tanh":
-        raise ConfigError(f"GGUF: the activation {feed_forward.activation} is not supported, only gelu_tanh is")
+    require_gguf_activation(feed_forward.activation, "gelu_tanh")
     expected = _gguf_scale(attention, config.dim, config.n_layers, layers_of_27b)
     if attention.scale != expected:
         raise ConfigError(

@@ -23,7 +23,14 @@ from dapji.models.config import (
     weight_shapes,
 )
 from dapji.models.families.experts import HF_IGNORABLE as EXPERTS_IGNORABLE
-from dapji.models.families.experts import GgufRouting, experts_from_gguf, experts_to_gguf, kinds, leading_dense
+from dapji.models.families.experts import (
+    GgufRouting,
+    experts_from_gguf,
+    experts_to_gguf,
+    kinds,
+    leading_dense,
+    shared_count,
+)
 from dapji.models.families.family import (
     GGUF_IGNORABLE,
     HF_IGNORABLE,
@@ -35,7 +42,7 @@ from dapji.models.families.family import (
     sizes_from_hf,
 )
 from dapji.models.families.fields import Fields
-from dapji.models.families.layout import GGUF, HF, Index, Layout, Rule, experts_one_by_one, pairs, rows
+from dapji.models.families.layout import GGUF, HF, HF_EXPERTS, Index, Layout, Rule, experts_one_by_one, pairs, rows
 from dapji.models.families.rope import longest_context, rope_from_gguf, rope_to_gguf, rope_to_hf
 from dapji.ops.rope import RopeScaling
 from dapji.ops.routing import Routing
@@ -207,12 +214,6 @@ def model_to_hf(config: ModelConfig, routing: Mapping[str, object]) -> dict[str,
     """The inverse of `model_from_hf`."""
     parts = parts_of(config)
     attention, experts = parts.attention, parts.experts
-    n_shared, rest = divmod(experts.shared_hidden_dim, experts.hidden_dim)
-    if rest:
-        raise ConfigError(
-            f"config.json of {config.family} has no form for a shared_hidden_dim ({experts.shared_hidden_dim}) that is "
-            f"no multiple of hidden_dim ({experts.hidden_dim})"
-        )
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,
@@ -226,7 +227,7 @@ def model_to_hf(config: ModelConfig, routing: Mapping[str, object]) -> dict[str,
         "intermediate_size": parts.dense_hidden_dim,
         "first_k_dense_replace": parts.n_dense,
         "moe_intermediate_size": experts.hidden_dim,
-        "n_shared_experts": n_shared,
+        "n_shared_experts": shared_count(experts, f"config.json of {config.family}"),
         "n_routed_experts": experts.routing.n_experts,
         "num_experts_per_tok": experts.routing.n_experts_per_token,
         "routed_scaling_factor": experts.routing.scale,
@@ -346,11 +347,10 @@ def _kv_up(rule: Rule) -> Rule:
 _HF_NAMES = _Names(
     q="self_attn.q_proj", q_up="self_attn.q_b_proj", kv_down="self_attn.kv_a_proj_with_mqa", kv_up="self_attn.kv_b_proj"
 )
-_HF_EXPERTS = {f"experts.{part}": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
 
 
 def _hf_rules(paired: bool, config: ModelConfig) -> list[Rule]:
-    return _rules(HF.layers, _HF_NAMES, paired, config) + experts_one_by_one(HF, config, _HF_EXPERTS)
+    return _rules(HF.layers, _HF_NAMES, paired, config) + experts_one_by_one(HF, config, HF_EXPERTS)
 
 
 HF_LATENT = replace(

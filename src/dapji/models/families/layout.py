@@ -2,7 +2,8 @@
 
 A `Layout` names the tensors of one file format for one family; where more than a name differs, it has `Rule`s. Rows,
 matrices and halves of matrices change places and no value is converted, so that every direction is exact in every
-format; the one exception is `shifted`. Knows nothing of files.
+format; the one exception is `shifted`. What has to be transposed leaves its blocks for float32, with the same values.
+Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -285,6 +286,8 @@ HF = Layout(
         "feed_forward.down": "mlp.down_proj",
     },
 )
+HF_EXPERTS = {f"experts.{part}": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+"""For `experts_one_by_one`."""
 GGUF = Layout(
     whole={"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"},
     layers="blk",

@@ -23,7 +23,6 @@ def _from_hf(fields: Fields) -> ModelConfig:
     sizes = sizes_from_hf(fields)
     attention_bias = fields.boolean("attention_bias", False)
     layer = sizes.layer(
-        window=None,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         feed_forward_bias=fields.boolean("mlp_bias", False),

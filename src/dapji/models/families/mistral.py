@@ -24,7 +24,7 @@ def _from_hf(fields: Fields) -> ModelConfig:
     # 4096 is what transformers means by an absent key; later models write null
     window = fields.optional_integer("sliding_window", 4096)
     fields.finish(HF_IGNORABLE)
-    layer = sizes.layer(window=window, qkv_bias=False, out_bias=False, feed_forward_bias=False)
+    layer = sizes.layer(window=window)
     return sizes.model("mistral", (layer,) * sizes.n_layers)
 
 

@@ -13,6 +13,7 @@ from dapji.models.families.family import (
     HF_IGNORABLE,
     Family,
     GgufFacts,
+    require_gguf_activation,
     sizes_from_gguf,
     sizes_from_hf,
     sizes_to_gguf,
@@ -90,8 +91,7 @@ def _to_gguf(config: ModelConfig) -> dict[str, object]:
     attention, routed = _layer(config, "the architecture llama of GGUF")
     if attention.rope is None:
         raise ConfigError("GGUF has no form for heads that are not rotated")
-    if routed.activation != "silu":
-        raise ConfigError(f"GGUF: the activation {routed.activation} is not supported, only silu is")
+    require_gguf_activation(routed.activation)
     written = sizes_to_gguf(config, attention, attention.rope, routed.hidden_dim)
     if attention.window is not None:
         written["attention.sliding_window"] = attention.window

@@ -7,11 +7,10 @@ from dataclasses import replace
 from functools import partial
 
 from dapji.errors import ConfigError
-from dapji.models.config import ModelConfig
+from dapji.models.config import AttentionConfig, FeedForwardConfig, ModelConfig
 from dapji.models.families.family import (
     HF_IGNORABLE,
     Family,
-    GgufFacts,
     config_from_gguf,
     config_to_gguf,
     sizes_from_hf,
@@ -43,34 +42,30 @@ def _from_hf(fields: Fields) -> ModelConfig:
     # dropouts are of training, auto_map names the published code
     training = ("embd_pdrop", "resid_pdrop", "auto_map")
     fields.finish((*HF_IGNORABLE, *training, "original_max_position_embeddings"))
-    layer = sizes.layer(window=window, qkv_bias=False, out_bias=False, feed_forward_bias=False)
+    layer = sizes.layer(window=window)
     return sizes.model("phi3", (layer,) * sizes.n_layers)
 
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:
-    attention, feed_forward = uniform_layer(config)
-    _check(config)
+    attention, feed_forward = _layer(config)
     written = sizes_to_hf(config, attention, feed_forward.hidden_dim, feed_forward.activation, partial_rope=True)
     return {**written, "sliding_window": attention.window}
 
 
-def _from_gguf(fields: Fields, facts: GgufFacts) -> ModelConfig:
-    return config_from_gguf("phi3", fields, facts)
-
-
 def _to_gguf(config: ModelConfig) -> dict[str, object]:
-    attention, _ = uniform_layer(config)
-    _check(config)
+    attention, _ = _layer(config)
     # 0 is written too: without the key, llama.cpp once took a window from the model's size
     return {**config_to_gguf(config), "attention.sliding_window": attention.window or 0}
 
 
-def _check(config: ModelConfig) -> None:
+def _layer(config: ModelConfig) -> tuple[AttentionConfig, FeedForwardConfig]:
+    """Of the one layer that all are equal to. Raises ConfigError where neither format can say it."""
     attention, feed_forward = uniform_layer(config)
     if attention.qkv_bias or attention.out_bias or feed_forward.bias:
         raise ConfigError("phi3 has no form for biases")
     if len(set(windows(config))) > 1:
         raise ConfigError("phi3 has no form for windows in some layers only")
+    return attention, feed_forward
 
 
 PHI3 = Family(
@@ -84,6 +79,6 @@ PHI3 = Family(
     rope_tensors=(LONG_FACTORS, SHORT_FACTORS),
     from_hf=_from_hf,
     to_hf=_to_hf,
-    from_gguf=_from_gguf,
+    from_gguf=lambda fields, facts: config_from_gguf("phi3", fields, facts),
     to_gguf=_to_gguf,
 )

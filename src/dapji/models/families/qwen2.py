@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dapji.errors import ConfigError
-from dapji.models.config import LayerConfig, ModelConfig
+from dapji.models.config import ModelConfig
 from dapji.models.families.family import (
     HF_IGNORABLE,
     Family,
@@ -32,14 +32,7 @@ def _from_hf(fields: Fields) -> ModelConfig:
         chunks.finish(ignorable=("chunk_size", "local_size"))
     every = layer_windows(fields, sizes.n_layers)
     fields.finish(HF_IGNORABLE)
-    attention = replace(sizes.attention, qkv_bias=True)
-    return sizes.model(
-        "qwen2",
-        tuple(
-            LayerConfig(attention=replace(attention, window=window), feed_forward=sizes.feed_forward)
-            for window in every
-        ),
-    )
+    return sizes.model("qwen2", tuple(sizes.layer(window=window, qkv_bias=True) for window in every))
 
 
 def layer_windows(fields: Fields, n_layers: int) -> list[int | None]:

@@ -21,12 +21,11 @@ from dapji.models.families.family import (
     windows,
 )
 from dapji.models.families.fields import Fields
-from dapji.models.families.layout import GGUF, HF, experts_one_by_one
+from dapji.models.families.layout import GGUF, HF, HF_EXPERTS, experts_one_by_one
 from dapji.models.families.qwen3 import attention_from_hf, attention_to_hf, check_gguf_biases
 from dapji.ops.routing import Routing
 
 _LAYOUT = replace(HF, parts={**HF.parts, "feed_forward.router": "mlp.gate"})
-_EXPERTS = {f"experts.{part}": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
 _GGUF_ROUTING = GgufRouting(normalized=True)
 
 
@@ -135,7 +134,7 @@ QWEN3_MOE = Family(
     licence="Apache-2.0",
     hf_architecture="Qwen3MoeForCausalLM",
     gguf_architecture="qwen3moe",
-    hf=replace(_LAYOUT, rules=lambda config: experts_one_by_one(_LAYOUT, config, _EXPERTS)),
+    hf=replace(_LAYOUT, rules=lambda config: experts_one_by_one(_LAYOUT, config, HF_EXPERTS)),
     gguf=GGUF,
     from_hf=_from_hf,
     to_hf=_to_hf,

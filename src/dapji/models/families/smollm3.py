@@ -12,6 +12,7 @@ from dapji.models.families.family import (
     Family,
     GgufFacts,
     Sizes,
+    require_gguf_activation,
     sizes_from_gguf,
     sizes_from_hf,
     sizes_to_gguf,
@@ -50,14 +51,13 @@ def _to_gguf(config: ModelConfig) -> dict[str, object]:
     attention, feed_forward, rotated = _parts(config)
     if rotated != all_but_every(_STEP, config.n_layers):
         raise ConfigError(f"GGUF has no form for layers without rotation other than every {_STEP}th in smollm3")
-    if feed_forward.activation != "silu":
-        raise ConfigError(f"GGUF: the activation {feed_forward.activation} is not supported, only silu is")
+    require_gguf_activation(feed_forward.activation)
     assert attention.rope is not None
     return sizes_to_gguf(config, attention, attention.rope, feed_forward.hidden_dim)
 
 
 def _model(sizes: Sizes, rotated: list[bool]) -> ModelConfig:
-    layer = sizes.layer(window=None, qkv_bias=False, out_bias=False, feed_forward_bias=False)
+    layer = sizes.layer()
     still = replace(layer, attention=replace(sizes.attention, rope=None))
     return sizes.model("smollm3", tuple(layer if flag else still for flag in rotated))
 
