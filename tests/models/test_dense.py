@@ -16,32 +16,28 @@ import transformers
 from llama_cpp import LlamaCpp
 from test_families import assert_same, through_gguf
 from test_llama_cpp import LOGARITHM, write
-from tiny_models import EXECUTORS, ORIGINAL, TEXT, VOCAB, WINDOW, opened, oracle, oracle_logits, text, translated
+from tiny_models import (
+    EXECUTORS,
+    ORIGINAL,
+    TOLERANCE,
+    VOCAB,
+    WINDOW,
+    logits,
+    oracle,
+    oracle_logits,
+    text,
+    translated,
+)
 
 from dapji.models import families
 from dapji.models.config import AttentionConfig, LayerConfig, ModelConfig
 from dapji.models.families.rope import ROPE_TENSORS
-from dapji.ops.batch import Batch
 from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.files import TensorToWrite
 from dapji.weights.safetensors import write_safetensors
 
 IN_GGUF = [name for name in tiny_dense.TINY if name not in tiny_dense.UNSAYABLE]
-TOLERANCE = 1e-4
-"""As in test_parity."""
-
-
-def logits(
-    config: ModelConfig,
-    tensors: dict[str, Tensor],
-    length: int = TEXT,
-    *,
-    kind: str = "reference",
-    context: int | None = None,
-) -> np.ndarray:
-    executor = opened(kind, config, tensors, context=context or length, kv="f32")
-    return executor.step(Batch.single(text(length)))
 
 
 def attention(layer: LayerConfig) -> AttentionConfig:

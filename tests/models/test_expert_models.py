@@ -14,24 +14,19 @@ import torch
 import transformers
 from llama_cpp import LlamaCpp
 from test_llama_cpp import write
-from tiny_models import TEXT, VOCAB, oracle_logits, text, translated
+from tiny_models import VOCAB, logits, oracle_logits, text, translated
 
 from dapji.errors import ConfigError
 from dapji.models import families
-from dapji.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
+from dapji.models.config import AttentionConfig, ExpertsConfig, LayerConfig
 from dapji.models.executor import open_executor
 from dapji.ops.batch import Batch
-from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.convert import write_folder
 from dapji.weights.files import TensorToWrite
 from dapji.weights.safetensors import write_safetensors
 
 Change = Callable[[LayerConfig], LayerConfig]
-
-
-def logits(config: ModelConfig, tensors: dict[str, Tensor]) -> np.ndarray:
-    return open_executor("reference", config, tensors, context=TEXT, kv="f32").step(Batch.single(text()))
 
 
 def attending(**changes: Any) -> Change:

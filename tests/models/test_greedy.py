@@ -16,7 +16,7 @@ from greedy import decode
 LENGTH, TOKENS = 200, 60
 PROMPTS = [text(LENGTH, seed) for seed in (1, 2, 3)]
 TIE = 1e-4
-"""Between an executor's two best logits where it prefers another token: what logits may differ by (test_parity.py)."""
+"""Between an executor's two best logits where it prefers another token: what logits may differ by (TOLERANCE)."""
 
 
 @cache

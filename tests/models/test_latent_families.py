@@ -17,13 +17,11 @@ import pytest
 from llama_cpp import LlamaCpp
 from test_llama_cpp import LOGARITHM, write
 from tiny_latent import TINY
-from tiny_models import TEXT, VOCAB, oracle, oracle_logits, saved, text, translated
+from tiny_models import VOCAB, logits, oracle, oracle_logits, saved, text, translated
 
 from dapji.errors import ConfigError
 from dapji.models import families
 from dapji.models.config import ExpertsConfig, LatentAttentionConfig, LayerConfig, ModelConfig
-from dapji.models.executor import open_executor
-from dapji.ops.batch import Batch
 from dapji.ops.formats import FORMATS
 from dapji.ops.tensor import Tensor
 from dapji.weights.files import TensorToWrite
@@ -32,10 +30,6 @@ from dapji.weights.safetensors import write_safetensors
 
 IN_GGUF = [name for name in TINY if name != "deepseek-v3-halves"]
 Weights = dict[str, Tensor]
-
-
-def logits(config: ModelConfig, weights: Weights) -> np.ndarray:
-    return open_executor("reference", config, weights, context=TEXT, kv="f32").step(Batch.single(text()))
 
 
 def assert_same(a: Weights, b: Weights) -> None:

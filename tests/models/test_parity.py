@@ -14,37 +14,23 @@ from tiny_models import (
     ORIGINAL,
     TEXT,
     TINY,
+    TOLERANCE,
     VOCAB,
     WINDOW,
-    opened,
+    logits,
     oracle_gradients,
     oracle_logits,
     text,
     translated,
 )
 
-from dapji.models.config import LayerConfig, ModelConfig
+from dapji.models.config import LayerConfig
 from dapji.models.executor import open_executor
 from dapji.models.torch_executor import load_weights, sequence_logits
 from dapji.ops.batch import Batch
-from dapji.ops.tensor import Tensor
 from dapji.ops.torch import TorchTables
 
 DIFFERENTIATED = [name for name, kind in DISTINCT if kind == "torch-cpu"]
-TOLERANCE = 1e-4
-"""Absolute, on logits up to 5 (3e-5 is what occurs): the order of float32 sums, no more."""
-
-
-def logits(
-    config: ModelConfig,
-    tensors: dict[str, Tensor],
-    length: int = TEXT,
-    *,
-    kind: str = "reference",
-    context: int | None = None,
-) -> np.ndarray:
-    executor = opened(kind, config, tensors, context=context or length, kv="f32")
-    return executor.step(Batch.single(text(length)))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -119,7 +105,7 @@ def test_gradients_are_those_of_transformers(name: str, device: torch.device) ->
             assert weight.grad is None
             continue
         assert weight.grad is not None
-        np.testing.assert_allclose(  # of gradients up to 0.2; 8e-7 occurs
+        np.testing.assert_allclose(  # of gradients up to 0.3; 1.5e-6 occurs
             weight.grad.cpu(), want[key].float32(), rtol=1e-4, atol=5e-6, err_msg=key
         )
 

@@ -6,8 +6,7 @@ import json
 
 import tiny_exaone
 from test_llama_cpp import LOGARITHM
-from test_parity import TOLERANCE
-from tiny_models import TINY, translated
+from tiny_models import TINY, TOLERANCE, translated
 
 import families as benchmark
 import report

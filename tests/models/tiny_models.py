@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 from dapji.models import families
 from dapji.models.config import ModelConfig
 from dapji.models.executor import Executor, open_executor
+from dapji.ops.batch import Batch
 from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
 
@@ -34,6 +35,8 @@ TEXT = 256
 """Tokens of the common text; the scalings start at ORIGINAL."""
 ORIGINAL = 32
 WINDOW = 24
+TOLERANCE = 1e-4
+"""Absolute, on logits up to 5 (4e-5 is what occurs): the order of float32 sums, no more."""
 VOCAB = 96
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -110,9 +113,7 @@ TINY: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     **tiny_dense.TINY,
 }
 
-PENDING: dict[str, set[str]] = {"native": set(), "torch": set()}
-"""Models that an executor cannot run yet."""
-CASES = [(name, kind) for name in TINY for kind in EXECUTORS if name not in PENDING.get(kind.partition("-")[0], ())]
+CASES = [(name, kind) for name in TINY for kind in EXECUTORS]
 """Every model on every executor."""
 _NAMES = (
     *("llama-3.1", "mistral", "qwen2-window", "qwen3", "qwen3-moe", "mixtral-window", "llama-4"),
@@ -182,6 +183,19 @@ def opened(name: str, config: ModelConfig, tensors: dict[str, Tensor], **options
     """One of EXECUTORS."""
     kind, _, device = name.partition("-")
     return open_executor(kind, config, tensors, device=device or "cpu", **options)  # type: ignore[arg-type]
+
+
+def logits(
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    length: int = TEXT,
+    *,
+    kind: str = "reference",
+    context: int | None = None,
+) -> NDArray[np.float32]:
+    """[length, VOCAB] of `text(length)` in one step of one of EXECUTORS."""
+    executor = opened(kind, config, tensors, context=context or length, kv="f32")
+    return executor.step(Batch.single(text(length)))
 
 
 def text(length: int = TEXT, seed: int = 5) -> list[int]:
