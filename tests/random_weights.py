@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 
+from dapji.models.config import ModelConfig, weight_shapes
 from dapji.ops.formats import FORMATS
 from dapji.ops.tensor import Tensor
 
@@ -30,3 +35,23 @@ def random_matrix(format_name: str, rows: int, cols: int, rng: np.random.Generat
             blocks[:, :, at : at + 2] = scales.view(np.uint8)
         data = blocks.reshape(rows, -1)
     return Tensor(name=format_name, format=format, shape=(rows, cols), source=np.ascontiguousarray(data))
+
+
+def random_weights(
+    config: ModelConfig, seed: int, *, format: Callable[[str], str] = lambda name: "F32", scale: float = 0.06
+) -> dict[str, Tensor]:
+    """Every weight of the configuration: norms about what multiplies by 1, other vectors about 0.
+
+    format: of a matrix, by its name. scale: of the values of a matrix in a float format.
+    """
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in weight_shapes(config).items():
+        if len(shape) == 1:
+            mean = 1 - config.norm_offset if name.endswith("norm") else 0
+            tensors[name] = Tensor.from_float32(name, rng.normal(mean, 0.2, shape).astype(np.float32))
+        else:
+            kind, rows = format(name), math.prod(shape[:-1])
+            matrix = random_matrix(kind, rows, shape[-1], rng, scale=scale if FORMATS[kind].block == 1 else 0.002)
+            tensors[name] = replace(matrix.reshape(*shape), name=name)
+    return tensors

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_native_executor import VOCAB, side_by_side, text
 
-from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
+from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
 from dapji.models.executor import open_executor
 from dapji.models.native_executor import NativeExecutor
 from dapji.ops import native
@@ -19,6 +19,7 @@ from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.reference import KvFormat
 from dapji.ops.rope import RopeConfig
 from dapji.ops.tensor import Tensor
+from random_weights import random_weights
 
 ROPE = RopeConfig(theta=10000.0, dim=32)
 PLAIN = AttentionConfig(n_heads=8, n_kv_heads=2, head_dim=32, rope=ROPE)
@@ -49,12 +50,7 @@ def model(*attentions: AttentionConfig, norm_offset: float = 0.0) -> tuple[Model
         family="llama", dim=64, vocab_size=VOCAB, max_context=1024, norm_eps=1e-5, layers=layers, tied_head=False,
         norm_offset=norm_offset,
     )  # fmt: skip
-    rng = np.random.default_rng(7)
-    tensors = {}
-    for name, shape in weight_shapes(config).items():
-        values = rng.normal(1 - norm_offset if len(shape) == 1 else 0, 0.2, shape).astype(np.float32)
-        tensors[name] = Tensor.from_float32(name, values)
-    return config, tensors
+    return config, random_weights(config, 7, scale=0.2)
 
 
 def opened(name: str, **options: object) -> NativeExecutor:

@@ -29,7 +29,7 @@ from dapji.ops.rope import RopeConfig
 from dapji.ops.tensor import Tensor
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import read_gguf, write_gguf
-from random_weights import random_matrix
+from random_weights import random_weights
 
 VOCAB = 80
 
@@ -50,16 +50,7 @@ def model(format: str, *, window: int | None = None, bias: bool = False) -> tupl
         layers=(LayerConfig(attention=attention, feed_forward=feed_forward),) * 2,
         tied_head=False,
     )
-    rng = np.random.default_rng(5)
-    tensors = {}
-    for name, shape in weight_shapes(config).items():
-        if len(shape) == 1:
-            values = rng.normal(1 if name.endswith("norm") else 0, 0.2, shape).astype(np.float32)
-            tensors[name] = Tensor.from_float32(name, values)
-        else:
-            scale = 0.06 if FORMATS[format].block == 1 else 0.002
-            tensors[name] = random_matrix(format, *shape, rng, scale=scale)
-    return config, tensors
+    return config, random_weights(config, 5, format=lambda name: format)
 
 
 def text(n: int, seed: int = 0) -> NDArray[np.int32]:

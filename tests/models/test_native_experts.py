@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_native_executor import VOCAB, text
 
 from dapji.models.config import (
     AttentionConfig,
@@ -17,7 +18,6 @@ from dapji.models.config import (
     FeedForwardConfig,
     LayerConfig,
     ModelConfig,
-    weight_shapes,
 )
 from dapji.models.executor import open_executor
 from dapji.models.native_executor import NativeExecutor
@@ -27,9 +27,8 @@ from dapji.ops.formats import FORMATS
 from dapji.ops.rope import RopeConfig
 from dapji.ops.routing import Routing
 from dapji.ops.tensor import Tensor
-from random_weights import random_matrix
+from random_weights import random_weights
 
-VOCAB = 80
 TOLERANCE = 2e-5
 """Relative to the largest logit: the order of float32 sums (3e-6 is what occurs)."""
 
@@ -68,22 +67,11 @@ def model(
         family="llama", dim=256, vocab_size=VOCAB, max_context=1024, norm_eps=1e-5, layers=layers, tied_head=False,
         **changes,  # type: ignore[arg-type]
     )  # fmt: skip
-    rng = np.random.default_rng(11)
-    tensors = {}
-    for name, shape in weight_shapes(config).items():
-        if len(shape) == 1:
-            mean = 1 - config.norm_offset if name.endswith("norm") else 0
-            tensors[name] = Tensor.from_float32(name, rng.normal(mean, 0.2, shape).astype(np.float32))
-        else:
-            kind = "F32" if name.endswith("router") else format if "feed_forward" in name else rest or format
-            scale = 0.06 if FORMATS[kind].block == 1 else 0.002
-            matrix = random_matrix(kind, int(np.prod(shape[:-1])), shape[-1], rng, scale=scale)
-            tensors[name] = replace(matrix.reshape(*shape), name=name)
-    return config, tensors
 
+    def kind(name: str) -> str:
+        return "F32" if name.endswith("router") else format if "feed_forward" in name else rest or format
 
-def text(n: int, seed: int = 0) -> NDArray[np.int32]:
-    return np.random.default_rng(seed).integers(0, VOCAB, n).astype(np.int32)
+    return config, random_weights(config, 11, format=kind)
 
 
 def opened(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_native_executor import VOCAB, side_by_side, text
 
-from dapji.models.config import FeedForwardConfig, LatentAttentionConfig, LayerConfig, ModelConfig, weight_shapes
+from dapji.models.config import FeedForwardConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 from dapji.models.decoder import decode
 from dapji.models.executor import open_executor
 from dapji.models.native_executor import NativeExecutor
@@ -30,7 +30,7 @@ from dapji.ops.reference import (
 )
 from dapji.ops.rope import RopeConfig, RopeTables
 from dapji.ops.tensor import Tensor
-from random_weights import random_matrix
+from random_weights import random_weights
 
 ODD = LatentAttentionConfig(
     n_heads=5, query_dim=40, latent_dim=24, nope_dim=12, value_dim=20, rope=RopeConfig(theta=10000.0, dim=8),
@@ -55,19 +55,7 @@ def model(
         family="llama", dim=dim, vocab_size=VOCAB, max_context=1024, norm_eps=1e-5, tied_head=False,
         layers=tuple(LayerConfig(attention=one, feed_forward=feed_forward) for one in attentions),
     )  # fmt: skip
-    rng = np.random.default_rng(3)
-    tensors = {}
-    for name, shape in weight_shapes(config).items():
-        if len(shape) == 1:
-            tensors[name] = Tensor.from_float32(name, rng.normal(1, 0.2, shape).astype(np.float32))
-        elif format == "F32":
-            values = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
-            tensors[name] = Tensor.from_float32(name, values)
-        else:
-            scale = 0.06 if FORMATS[format].block == 1 else 0.002
-            matrix = random_matrix(format, int(np.prod(shape[:-1])), shape[-1], rng, scale=scale)
-            tensors[name] = matrix.reshape(*shape)
-    return config, tensors
+    return config, random_weights(config, 3, format=lambda name: format, scale=0.12 if format == "F32" else 0.06)
 
 
 def opened(*attentions: LatentAttentionConfig, **options: Any) -> NativeExecutor:
