@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_family_errors import changed, floats
 from tiny_models import translated
 
 from dapji.errors import ConfigError
@@ -162,10 +163,6 @@ def test_gguf_metadata(name: str, changes: dict[str, Any], message: str) -> None
 Tensors = dict[str, Tensor]
 
 
-def floats(*shape: int) -> Tensor:
-    return Tensor.from_float32("given", np.ones(shape, dtype=np.float32))
-
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -182,15 +179,6 @@ def test_gguf_tensors(name: str, change: Callable[[Tensors], Any], message: str)
     change(named)
     with pytest.raises(ConfigError, match=message):
         families.from_gguf(metadata, named)
-
-
-def changed(config: ModelConfig, layer: int | None = None, **attention: Any) -> ModelConfig:
-    """With other values of attention, in one layer or in all."""
-    layers = [
-        replace(old, attention=replace(old.attention, **attention)) if layer in (None, i) else old
-        for i, old in enumerate(config.layers)
-    ]
-    return replace(config, layers=tuple(layers))
 
 
 def with_activation(config: ModelConfig, activation: Any) -> ModelConfig:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from test_family_errors import changed
 from tiny_models import translated
 
 from dapji.errors import ConfigError
@@ -139,14 +140,7 @@ Change = Callable[[ModelConfig], ModelConfig]
 
 
 def attending(layer: int | None = None, **changes: Any) -> Change:
-    def change(config: ModelConfig) -> ModelConfig:
-        layers = [
-            replace(old, attention=replace(old.attention, **changes)) if layer in (None, i) else old
-            for i, old in enumerate(config.layers)
-        ]
-        return replace(config, layers=tuple(layers))
-
-    return change
+    return lambda config: changed(config, layer, **changes)
 
 
 def feeding(layer: int | None = None, **changes: Any) -> Change:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_family_errors import changed, floats
 from tiny_models import translated
 
 from dapji.errors import ConfigError
@@ -99,10 +100,6 @@ def test_config_json(changes: dict[str, Any], message: str) -> None:
 Weights = dict[str, Tensor]
 
 
-def floats(*shape: int) -> Tensor:
-    return Tensor.from_float32("given", np.zeros(shape, dtype=np.float32))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,20 +176,6 @@ def test_gguf_metadata(changes: dict[str, Any], message: str) -> None:
         families.from_gguf({**metadata, **{f"deepseek2.{key}": value for key, value in changes.items()}}, named)
 
 
-def changed(config: ModelConfig, layer: int, **attention: Any) -> ModelConfig:
-    layers = [
-        replace(old, attention=replace(old.attention, **attention)) if i == layer else old
-        for i, old in enumerate(config.layers)
-    ]
-    return replace(config, layers=tuple(layers))
-
-
-def everywhere(config: ModelConfig, **attention: Any) -> ModelConfig:
-    for i in range(config.n_layers):
-        config = changed(config, i, **attention)
-    return config
-
-
 def with_experts(config: ModelConfig, change: Callable[[ExpertsConfig], ExpertsConfig]) -> ModelConfig:
     def of(layer: LayerConfig) -> LayerConfig:
         experts = layer.feed_forward
@@ -211,14 +194,14 @@ def with_dense(config: ModelConfig, **values: Any) -> ModelConfig:
 def with_rope(config: ModelConfig, **values: Any) -> ModelConfig:
     attention = config.layers[0].attention
     assert isinstance(attention, LatentAttentionConfig)
-    return everywhere(config, rope=replace(attention.rope, **values))
+    return changed(config, rope=replace(attention.rope, **values))
 
 
 RAGGED = RopeScaling(kind="yarn", factor=16.0, original_context=32, attention_factor=1.0, truncate=False)
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_context=32)
 BOTH: list[tuple[str, Callable[[ModelConfig], ModelConfig], str]] = [
     ("deepseek-v3", lambda c: changed(c, 1, value_dim=13), "no form for layers that differ: 1 is not as the last"),
-    ("deepseek-v3", lambda c: everywhere(c, norm_eps=1e-5), "has 1e-06 as norm_eps of latent vectors, not 1e-05"),
+    ("deepseek-v3", lambda c: changed(c, norm_eps=1e-5), "has 1e-06 as norm_eps of latent vectors, not 1e-05"),
     ("deepseek-v3", lambda c: replace(c, predictors=c.layers[:1]), "no form for predictors that differ from the last"),
     ("deepseek-v3", lambda c: replace(c, layers=c.layers[::-1]), "no form for dense layers after layers of experts"),
     ("deepseek-v3", lambda c: replace(c, layers=c.layers[:1]), "no form for a model without experts"),
@@ -228,7 +211,7 @@ BOTH: list[tuple[str, Callable[[ModelConfig], ModelConfig], str]] = [
         lambda c: with_dense(c, activation="gelu"),
         "no form for dense layers with biases or an activation",
     ),
-    ("moonlight", lambda c: everywhere(c, scale=0.5), "a form for scores scaled by 0.5, only by 1 / sqrt"),
+    ("moonlight", lambda c: changed(c, scale=0.5), "a form for scores scaled by 0.5, only by 1 / sqrt"),
     (
         "deepseek-v3",
         lambda c: with_experts(c, lambda e: replace(e, shared_hidden_dim=21)),

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 from llama_cpp import LlamaCpp
+from test_families import assert_same
 from test_llama_cpp import LOGARITHM, write
 from tiny_latent import TINY
 from tiny_models import VOCAB, logits, oracle, oracle_logits, saved, text, translated
@@ -30,13 +31,6 @@ from dapji.weights.safetensors import write_safetensors
 
 IN_GGUF = [name for name in TINY if name != "deepseek-v3-halves"]
 Weights = dict[str, Tensor]
-
-
-def assert_same(a: Weights, b: Weights) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].shape == b[name].shape
-        np.testing.assert_array_equal(a[name].float32(), b[name].float32())
 
 
 # ---- mechanisms ----
