@@ -24,36 +24,32 @@ _LLAMA_3 = LlamaCalls(opener="<|python_tag|>", closer=None)
 _LFM_2 = PythonicCalls(opener="<|tool_call_start|>", closer="<|tool_call_end|>")
 
 
-def _named(prefix: str, opener: str) -> XmlCalls:
-    """Elements with attributes: <invoke name="f"><parameter name="x">."""
+def _named(opener: str, prefix: str = "", typed: tuple[str, str] | None = None) -> XmlCalls:
+    """Elements with attributes: <invoke name="f"><parameter name="x">. prefix: of these two."""
     return XmlCalls(
-        opener=f"<{prefix}{opener}>",
-        closer=f"</{prefix}{opener}>",
+        opener=f"<{opener}>",
+        closer=f"</{opener}>",
         function=(f'<{prefix}invoke name="', '">', f"</{prefix}invoke>"),
         parameter=(f'<{prefix}parameter name="', '">', f"</{prefix}parameter>"),
-        typed=('" string="true">', '" string="false">'),
+        typed=typed,
     )
+
+
+def _dsml(opener: str) -> XmlCalls:
+    return _named(f"｜DSML｜{opener}", "｜DSML｜", ('" string="true">', '" string="false">'))
 
 
 CALLS: Sequence[tuple[tuple[str, ...], Calls | None]] = (
     (("<|tool_calls_section_begin|>",), KimiCalls()),
     (("<｜tool▁calls▁begin｜>",), DeepSeekCalls()),
-    (("｜DSML｜", "function_calls"), _named("｜DSML｜", "function_calls")),
-    (("｜DSML｜", "tool_calls"), _named("｜DSML｜", "tool_calls")),
+    (("｜DSML｜", "function_calls"), _dsml("function_calls")),
+    (("｜DSML｜", "tool_calls"), _dsml("tool_calls")),
     (("[TOOL_CALLS]",), MistralCalls()),
     (("<|tool_call>call:",), GemmaCalls()),
     (("<|python_start|>",), LlamaCalls(opener="<|python_start|>", closer="<|python_end|>")),
     (("<|tool_call_start|>",), _LFM_2),
     (("<|tool_list_start|>",), _LFM_2),
-    (
-        ("<minimax:tool_call>", '<invoke name="'),
-        XmlCalls(
-            opener="<minimax:tool_call>",
-            closer="</minimax:tool_call>",
-            function=('<invoke name="', '">', "</invoke>"),
-            parameter=('<parameter name="', '">', "</parameter>"),
-        ),
-    ),
+    (("<minimax:tool_call>", '<invoke name="'), _named("minimax:tool_call")),
     (
         ('<function name="', '<param name="'),
         XmlCalls(

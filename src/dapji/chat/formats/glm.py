@@ -16,7 +16,10 @@ _KEY, _KEY_END, _VALUE, _VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "
 
 @dataclass(frozen=True, kw_only=True)
 class GlmCalls(Calls):
-    """`<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call>`, with white space between."""
+    """`<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call>`, with white space between.
+
+    The closer must be there: without it nobody knows whether another argument was to come.
+    """
 
     @property
     def openers(self) -> Sequence[str]:
