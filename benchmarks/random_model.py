@@ -128,10 +128,12 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="config.json of another model than Llama 3.1 8B")
     parser.add_argument("--layers", type=int, help="the first layers alone")
     parser.add_argument("--vocabulary", type=int, help="so many tokens")
+    parser.add_argument("--type", choices=SCHEMES, default="Q4_K_M", help="of the weights")
     arguments = parser.parse_args()
     config = arguments.config
     arguments.path.parent.mkdir(parents=True, exist_ok=True)
-    write_random(arguments.path, llama_8b() if config is None else cut(config, arguments.layers, arguments.vocabulary))
+    shape = llama_8b() if config is None else cut(config, arguments.layers, arguments.vocabulary)
+    write_random(arguments.path, shape, arguments.type)
 
 
 if __name__ == "__main__":
