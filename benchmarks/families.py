@@ -1,11 +1,12 @@
-"""Which families of models there are and how near each executor comes to transformers: the table of docs/families.md.
+"""Which families of models there are and how near each executor comes to transformers: the tables of docs/families.md.
 
-    python benchmarks/families.py           measures the tiny models of tests/models, writes the table
-    python benchmarks/families.py --draw    the table from the figures so far
+    python benchmarks/families.py           measures the tiny models of tests/models, writes the tables
+    python benchmarks/families.py --draw    the tables from the figures so far
 
 Mechanisms are read off the configurations of a family's tiny models. Figures are the largest absolute difference from
 transformers (for EXAONE 3 from vLLM) in float32: of any logit at any of 256 positions on our executors, of any token's
-log probability after 22 prefixes in llama.cpp, which reads what we write. Wants the test dependencies.
+log probability after 22 prefixes in llama.cpp, which reads what we write; of the gradient, that of any weight in torch.
+Wants the test dependencies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dapji.models.config import (
     ModelConfig,
 )
 from dapji.models.families import FAMILIES
+from dapji.models.families.family import Family
 from dapji.ops.batch import Batch
 from dapji.ops.tensor import Tensor
 
@@ -50,16 +52,18 @@ HEADER = (
     "llama.cpp",
     "licence of the weights",
 )
+TINY_HEADER = ("model", "mechanisms", "reference", "torch", "native", "llama.cpp", "gradient (torch)")
 KINDS = ("reference", "torch", "native")
 Floats = NDArray[np.float64]
 
 
 def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[None]:
     import tiny_exaone
+    import torch
     from llama_cpp import LlamaCpp
     from test_exaone import renamed
     from test_llama_cpp import LACKING, PREFIXES, UNSAYABLE, write
-    from tiny_models import TINY, opened, oracle_logits, text, translated
+    from tiny_models import TINY, gradients, opened, oracle_gradients, oracle_logits, text, translated
 
     results.clear()
     llama_cpp = LlamaCpp()
@@ -71,10 +75,8 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[
 
     def keep(name: str, config: ModelConfig, differences: dict[str, float]) -> None:
         print(f"{name:32} {differences}", file=sys.stderr)
-        figures = results.setdefault(config.family, {"mechanisms": [], "difference": {}})
-        figures["mechanisms"] += [word for word in mechanisms(config) if word not in figures["mechanisms"]]
-        for kind, difference in differences.items():
-            figures["difference"][kind] = max(figures["difference"].get(kind, 0), float(f"{difference:.1e}"))
+        rounded = {kind: float(f"{difference:.1e}") for kind, difference in differences.items()}
+        results.setdefault(config.family, {})[name] = {"mechanisms": mechanisms(config), "difference": rounded}
 
     for name in TINY:
         config, tensors = translated(name)
@@ -88,6 +90,8 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[
         if name not in UNSAYABLE and name not in LACKING:
             read = llama_cpp_reads(config, tensors, [text()[:n] for n in PREFIXES])
             differences["llama.cpp"] = float(np.abs(read - log_softmax(theirs[[n - 1 for n in PREFIXES]])).max())
+        own, wanted = gradients(name, torch.device("cpu"))[1], oracle_gradients(name)[1]
+        differences["gradient"] = max(float(np.abs(own[key] - wanted[key].float32()).max()) for key in own)
         keep(name, config, differences)
         yield
 
@@ -122,23 +126,53 @@ def log_softmax(logits: Floats) -> Floats:
 
 def draw(results: dict[str, Any]) -> None:
     report.replace_section(DOCUMENT, "support", report.table(HEADER, rows(results)))
+    report.replace_section(DOCUMENT, "tiny", report.table(TINY_HEADER, tiny_rows(results)))
 
 
 def rows(results: dict[str, Any]) -> list[Sequence[str]]:
     lines = []
-    for family in sorted(FAMILIES, key=lambda family: family.name):
-        measured = results[family.name]
-        differences = [
-            f"{measured['difference'][kind]:.1e}" if kind in measured["difference"] else "-"
-            for kind in (*KINDS, "llama.cpp")
-        ]
-        mechanisms = ", ".join(measured["mechanisms"]) or "none"
+    for family in _by_name():
+        models = results[family.name].values()
+        differences = _differences(worst(models), (*KINDS, "llama.cpp"))
+        mechanisms = _listed(word for model in models for word in model["mechanisms"])
         types = f"`{family.name}`" + (f", `{family.wrapper.model_type}`" if family.wrapper else "")
         gguf = f"`{family.gguf_architecture}`"
         lines.append(
             (types, family.models, mechanisms, "read, written", f"{gguf}: read, written", *differences, family.licence)
         )
     return lines
+
+
+def tiny_rows(results: dict[str, Any]) -> list[Sequence[str]]:
+    return [
+        (
+            f"`{name}`",
+            _listed(model["mechanisms"]),
+            *_differences(model["difference"], (*KINDS, "llama.cpp", "gradient")),
+        )
+        for family in _by_name()
+        for name, model in results[family.name].items()
+    ]
+
+
+def worst(models: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The largest difference of each kind."""
+    found: dict[str, float] = {}
+    for model in models:
+        found |= {kind: max(value, found.get(kind, 0.0)) for kind, value in model["difference"].items()}
+    return found
+
+
+def _by_name() -> list[Family]:
+    return sorted(FAMILIES, key=lambda family: family.name)
+
+
+def _differences(measured: Mapping[str, float], kinds: Iterable[str]) -> list[str]:
+    return [f"{measured[kind]:.1e}" if kind in measured else "-" for kind in kinds]
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words)) or "none"
 
 
 def mechanisms(config: ModelConfig) -> list[str]:

@@ -25,8 +25,10 @@ from safetensors.numpy import load_file
 from dapji.models import families
 from dapji.models.config import ModelConfig
 from dapji.models.executor import Executor, open_executor
+from dapji.models.torch_executor import load_weights, sequence_logits
 from dapji.ops.batch import Batch
 from dapji.ops.tensor import Tensor
+from dapji.ops.torch import TorchTables
 from dapji.weights.checkpoint import open_checkpoint
 
 transformers.utils.logging.disable_progress_bar()
@@ -167,6 +169,19 @@ def oracle_gradients(name: str) -> tuple[float, dict[str, Tensor]]:
     for parameter in model.parameters():  # an expert that no token went to has none
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return loss.item(), read(model)[1]
+
+
+def gradients(name: str, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
+    """Ours of the same; a weight through which none flows has none."""
+    config, tensors = translated(name)
+    weights = load_weights(tensors, device=device, dtype=torch.float32)
+    for weight in weights.values():
+        weight.requires_grad_()
+    tokens = torch.tensor(LOSS_TEXTS)
+    got = sequence_logits(config, weights, tokens.to(device), TorchTables(tokens.shape[1], device)).cpu()
+    loss = torch.nn.functional.cross_entropy(got[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
+    loss.backward()
+    return loss.item(), {key: weight.grad.cpu() for key, weight in weights.items() if weight.grad is not None}
 
 
 def read(model: transformers.PreTrainedModel) -> tuple[ModelConfig, dict[str, Tensor]]:
