@@ -105,8 +105,11 @@ HF_IGNORABLE = (
     "is_encoder_decoder",
 )
 GGUF_IGNORABLE = (
+    # 0 in files of dense models; those of experts read it
     "expert_used_count",
+    # how the model was trained
     "rope.scaling.finetuned",
+    # a remark of the first converters; the architecture decides
     "tensor_data_layout",
 )
 
