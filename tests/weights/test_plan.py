@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dapji.errors import ConfigError
 from dapji.models.config import weight_shapes
 from dapji.models.families import config_from_hf, to_gguf
 from dapji.ops.formats import FORMATS
@@ -118,3 +119,10 @@ def as_format(tensor: Tensor, name: str) -> Tensor:
     format = FORMATS[name]
     data = quantize(tensor.float32().reshape(tensor.rows, tensor.cols), format)
     return Tensor(name=tensor.name, format=format, shape=tensor.shape, source=data)
+
+
+def test_absurd_sizes_are_refused_before_anything_is_made_of_them() -> None:
+    config_json = json.loads((PUBLISHED / "qwen3-30b-a3b.json").read_text())
+    config = config_from_hf({**config_json, "head_dim": 2**40})
+    with pytest.raises(ConfigError, match=r"attention\.q would be \[35184372088832, 2048\]"):
+        plan(config)

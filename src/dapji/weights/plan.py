@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from dapji.errors import ConfigError
 from dapji.models.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -17,6 +18,7 @@ from dapji.models.config import (
     LatentAttentionConfig,
     LayerConfig,
     ModelConfig,
+    weight_shapes,
 )
 from dapji.models.families import gguf_rules
 from dapji.models.size import active_parameters, cached_bytes, parameters, read_shares
@@ -58,7 +60,16 @@ class Plan:
     cache: dict[str, CachePlan]
 
 
+MOST_ROWS = 1 << 26
+"""Of a weight. Lists as long as a weight has rows are made, so a hostile size must not get that far; the largest
+published weights have some 10^6."""
+
+
 def plan(config: ModelConfig, schemes: tuple[str, ...] = ("BF16", "Q8_0", "Q4_K_M")) -> Plan:
+    """Raises ConfigError for a weight of more than MOST_ROWS rows."""
+    for name, shape in weight_shapes(config).items():
+        if math.prod(shape[:-1]) > MOST_ROWS:
+            raise ConfigError(f"{name} would be {list(shape)}: more than {MOST_ROWS} rows are not planned")
     alone = parameters(replace(config, predictors=()))
     per_token = {kv: cached_bytes(config, kv) for kv in ("f16", "q8")}
     return Plan(

@@ -125,6 +125,8 @@ def _without_storage(config_json: Mapping[str, object]) -> dict[str, object]:
 
 def _check_room(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Rules make lists as long as a weight has rows, before they see a tensor: a hostile size must not get that far."""
+    if config.n_layers > len(tensors):  # before a table is made of every weight
+        raise ConfigError(f"the configuration says {config.n_layers} layers, but there are only {len(tensors)} tensors")
     values = sum(math.prod(tensor.shape) for tensor in tensors.values())
     for name, shape in weight_shapes(replace(config, predictors=())).items():
         if math.prod(shape) > values:
