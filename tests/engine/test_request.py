@@ -26,6 +26,7 @@ from dapji.errors import RequestError
         ("min_p", 1.5),
         ("typical_p", 0),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-48),  # which is 0 in float32
         ("frequency_penalty", 2.1),
         ("presence_penalty", -2.1),
         ("logit_bias", {3: 101}),

@@ -56,8 +56,8 @@ class Sampling:
     """Keep the fewest tokens whose surprise is closest to the entropy and whose mass reaches p (and those tied with the
     last) (Meister et al. 2023); 1: all."""
     repetition_penalty: float = 1.0
-    """> 0; logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by it (Keskar et al.
-    2019)."""
+    """1e-6 to 1e6; logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by it
+    (Keskar et al. 2019)."""
     frequency_penalty: float = 0.0
     """-2 to 2; subtracted from a token's logit once for each time it stands in the answer."""
     presence_penalty: float = 0.0
@@ -73,7 +73,7 @@ class Sampling:
         _check_number("top_p", self.top_p, "> 0 and <= 1", lambda v: 0 < v <= 1)
         _check_number("min_p", self.min_p, ">= 0 and <= 1", lambda v: 0 <= v <= 1)
         _check_number("typical_p", self.typical_p, "> 0 and <= 1", lambda v: 0 < v <= 1)
-        _check_number("repetition_penalty", self.repetition_penalty, "finite and > 0", lambda v: 0 < v < math.inf)
+        _check_number("repetition_penalty", self.repetition_penalty, "from 1e-6 to 1e6", lambda v: 1e-6 <= v <= 1e6)
         _check_number("frequency_penalty", self.frequency_penalty, "from -2 to 2", lambda v: -2 <= v <= 2)
         _check_number("presence_penalty", self.presence_penalty, "from -2 to 2", lambda v: -2 <= v <= 2)
         for token, bias in self.logit_bias.items():
