@@ -53,7 +53,6 @@ def test_whatever_is_sent_no_request_makes_the_server_fail(server: Running) -> N
         operation = found.ok()
         n_operations += 1
         for mode in schemathesis.GenerationMode:
-
             # the same cases in every run, so that a failure belongs to the change that brings it
             @settings(
                 max_examples=50,
