@@ -63,15 +63,16 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocab_size = tokenizer.vocab_size
-        self._tokenizer = llguidance.LLTokenizer(_Vocabulary.wrapped(tokenizer), eos_token=sorted(tokenizer.stop_ids))
+        vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+        self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=sorted(tokenizer.stop_ids))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dapji-grammar")
 
     def start(self, grammar: Grammar) -> Constraint:
         """For one answer. Raises RequestError where the grammar cannot be compiled; names what it has not."""
-        failed, told = llguidance.LLMatcher.validate_grammar_with_warnings(grammar.source, self._tokenizer)
-        if failed:
-            raise RequestError(f"the grammar cannot be used: {' '.join(told)}")
-        return Constraint(llguidance.LLMatcher(self._tokenizer, grammar.source), self._vocab_size, self._threads)
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source)
+        if matcher.is_error():
+            raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
+        return Constraint(matcher, self._vocab_size, self._threads)
 
 
 class Constraint:
@@ -110,10 +111,6 @@ class _Vocabulary:
         self.bos_token_id = tokenizer.bos_id
         self.special_token_ids = sorted(tokenizer.control.values())
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-
-    @staticmethod
-    def wrapped(tokenizer: Tokenizer) -> llguidance.TokenizerWrapper:
-        return llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
