@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dapji.chat.formats.parser import Calls
+from dapji.chat.formats.parser import MarkedCalls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
 from dapji.chat.formats.values import check_name, json_call, json_members, unwrapped
 
@@ -15,27 +14,17 @@ _FENCE = "```"
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonCalls(Calls):
+class JsonCalls(MarkedCalls):
     """`<tool_call>{"name": …, "arguments": {…}}</tool_call>` and its like.
 
     After the opener stands one object, several, or a list of them. The closer may be missing at the end of an answer.
     """
 
-    opener: str
-    closer: str | None
     name_is_key: bool = False
     """A call is {name: arguments}."""
     bare: bool = False
     """Small models forget the markers: objects at the beginning of an answer that name tools are calls too, also in a
     block of code."""
-
-    @property
-    def openers(self) -> Sequence[str]:
-        return (self.opener,)
-
-    @property
-    def markers(self) -> Sequence[str]:
-        return (self.opener,) if self.closer is None else (self.opener, self.closer)
 
     def steps(self, reader: Reader) -> Steps[None]:
         if self.bare:

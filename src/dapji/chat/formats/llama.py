@@ -6,34 +6,22 @@ its prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dapji.chat.formats.json_calls import begins_object
-from dapji.chat.formats.parser import Calls
+from dapji.chat.formats.parser import MarkedCalls
 from dapji.chat.formats.pythonic import begins_list, read_list
 from dapji.chat.formats.reader import Malformed, Reader, Steps
 from dapji.chat.formats.values import json_call, python_calls
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaCalls(Calls):
+class LlamaCalls(MarkedCalls):
     """`{"name": …, "parameters": {…}}`, several with `;` between them, or `[f(a=1), g(b="x")]`.
 
     Built-in tools are called by `<|python_tag|>search.call(query="…")`. An answer that begins like neither form is
     content, JSON whose first key is another one included.
     """
-
-    opener: str
-    closer: str | None
-
-    @property
-    def openers(self) -> Sequence[str]:
-        return (self.opener,)
-
-    @property
-    def markers(self) -> Sequence[str]:
-        return (self.opener,) if self.closer is None else (self.opener, self.closer)
 
     def steps(self, reader: Reader) -> Steps[None]:
         yield from reader.space()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dapji.chat.formats.events import Event
@@ -60,6 +61,23 @@ class Calls(Grammar):
         if reader.at < len(reader.text):
             reader.at = 0
         reader.markup()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkedCalls(Calls):
+    """Calls between two markers."""
+
+    opener: str
+    closer: str | None
+    """None: their text tells where they end."""
+
+    @property
+    def openers(self) -> Sequence[str]:
+        return (self.opener,)
+
+    @property
+    def markers(self) -> Sequence[str]:
+        return (self.opener,) if self.closer is None else (self.opener, self.closer)
 
 
 class Parser:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dapji.chat.formats.parser import Calls
+from dapji.chat.formats.parser import MarkedCalls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
 from dapji.chat.formats.values import python_calls
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonicCalls(Calls):
+class PythonicCalls(MarkedCalls):
     """A list between two markers."""
-
-    opener: str
-    closer: str
-
-    @property
-    def openers(self) -> Sequence[str]:
-        return (self.opener,)
-
-    @property
-    def markers(self) -> Sequence[str]:
-        return (self.opener, self.closer)
 
     def call(self, reader: Reader, opener: str) -> Steps[None]:
         yield from reader.space()
