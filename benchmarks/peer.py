@@ -9,11 +9,16 @@ these programs of another build.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
+from time import sleep
 
 from dapji.evaluation.machine import describe_machine
 
@@ -25,6 +30,8 @@ BUILD = ROOT / "build" / "llama.cpp"
 WITHOUT_AMX = "-without-amx"
 """Variant for measuring the vector instructions alone on a processor with AMX."""
 PROGRAMS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-server")
+Flags = tuple[int, int, int]
+"""Of a running server: weights repacked, tiled kernels, flash attention."""
 FLAGS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_UI=OFF")
 
 
@@ -65,6 +72,37 @@ def version() -> str:
     output = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in (output.stdout + output.stderr).splitlines() if "version" in line]
     return lines[0].strip() if lines else f"of {oracles.LLAMA_CPP.name} {oracles.LLAMA_CPP.version}"
+
+
+@contextmanager
+def server(path: Path, *, n: int, context: int, threads: int, flags: Flags) -> Iterator[int]:
+    """llama-server with n slots and `context` tokens for all of them together; its port, until the block ends."""
+    repack, tiled, flash = flags
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(require("llama-server")), "-m", str(path), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["-t", str(threads), "-tb", str(threads), "-np", str(n), "-c", str(context)]
+    command += ["--cont-batching", "-fa", "on" if flash else "off", *([] if repack else ["--no-repack"])]
+    environment = os.environ | {"GGML_CPU_TILED_MM": str(tiled)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        try:
+            while not _healthy(port):
+                if process.poll() is not None:
+                    raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+                sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+
+
+def _healthy(port: int) -> bool:
+    try:
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
 
 
 def build(variant: str) -> None:

@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,7 @@ from http.client import HTTPConnection
 from itertools import product
 from pathlib import Path
 from statistics import median
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import peer
@@ -51,7 +49,6 @@ DATA = report.ROOT / "benchmarks" / "data" / "streams.json"
 PLOT = report.ROOT / "docs" / "streams.svg"
 
 Results = dict[str, Any]
-Flags = tuple[int, int, int]
 
 
 def prompts(model: Model, n: int) -> list[list[int]]:
@@ -106,42 +103,17 @@ class Server:
 
 
 @contextmanager
-def server(path: Path, n: int, threads: int, flags: Flags) -> Iterator[Server]:
-    """llama-server with n slots, ready, until the block ends. flags: repack, tiled, flash."""
-    repack, tiled, flash = flags
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(peer.require("llama-server")), "-m", str(path), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-t", str(threads), "-tb", str(threads), "-np", str(n), "-c", str(n * 2 * (PROMPT + ANSWER))]
-    command += ["--cont-batching", "-fa", "on" if flash else "off", *([] if repack else ["--no-repack"])]
-    environment = os.environ | {"GGML_CPU_TILED_MM": str(tiled)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        while not healthy(port):
-            if process.poll() is not None:
-                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-            sleep(0.1)
+def server(path: Path, n: int, threads: int, flags: peer.Flags) -> Iterator[Server]:
+    """llama-server with n slots for a prompt and an answer each, until the block ends."""
+    with peer.server(path, n=n, context=n * 2 * (PROMPT + ANSWER), threads=threads, flags=flags) as port:
         yield Server(port)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def healthy(port: int) -> bool:
-    try:
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
 
 
 def measure(name: str, path: Path, threads: int, numbers: list[int], rounds: int) -> Iterator[tuple[int, Results]]:
     """For each number of streams: the rates of all rounds."""
     with load(path, context=max(*numbers, SEARCHED) * (PROMPT + ANSWER), threads=threads) as model:
         model.engine.close()
-        tried: dict[Flags, float] = {}
+        tried: dict[peer.Flags, float] = {}
         for repack, tiled, flash in product((1, 0), repeat=3):
             with server(path, SEARCHED, threads, (repack, tiled, flash)) as other:
                 tried[repack, tiled, flash] = other.run(prompts(model, SEARCHED), SEARCHED_ANSWER)[0]

@@ -21,6 +21,8 @@ import dapji
 from dapji.engine import Request, Sampling
 from dapji.errors import ConfigError, ContextError, ModelNotFound, RequestError, TemplateError, TokenizerError
 from dapji.model import CHAT_SAMPLING, Model, open_files
+from dapji.models.size import cached_bytes
+from dapji.ops.batch import KV_BLOCK
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import read_gguf, write_gguf
 from tiny import CHATML, THINKING, THOUGHTFUL, write_tiny
@@ -429,3 +431,15 @@ def test_defaults_out_of_range_name_the_file(folder: Path, path: Path, tmp_path:
     wrong = with_metadata(path, tmp_path / "b.gguf", **{"general.sampling.top_p": "high"})
     with pytest.raises(ConfigError, match=r"b.gguf: default sampling: top_p must be .* got 'high'"):
         dapji.load(wrong, executor="reference")
+
+
+def test_the_cache_takes_the_memory_given_and_at_least_one_conversation(path: Path) -> None:
+    with dapji.load(path, executor="reference", context=100) as one:
+        blocks = one.executor.n_blocks
+        cache = one.memory - one.files.checkpoint.nbytes
+        assert blocks == -(-100 // KV_BLOCK)
+        assert cache == blocks * KV_BLOCK * cached_bytes(one.config, "f16")
+    for given_memory, expected in ((3 * cache, 3 * blocks), (1, blocks)):
+        with dapji.load(path, executor="reference", context=100, kv_memory=given_memory) as model:
+            assert model.executor.n_blocks == expected
+            assert model.engine.context == one.engine.context

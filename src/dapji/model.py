@@ -19,7 +19,9 @@ from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
 from dapji.models.config import ModelConfig
 from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
+from dapji.models.size import cached_bytes
 from dapji.ops import native
+from dapji.ops.batch import KV_BLOCK
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Detokenizer, Tokenizer
@@ -104,6 +106,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     kv: KvFormat = "f16",
+    kv_memory: int | None = None,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
     speculate: bool = True,
@@ -113,36 +116,47 @@ def load(
     name_or_path: an installed model (`dapji list`), a GGUF file, or a folder in the Hugging Face layout.
     executor: "native", "torch" or "reference"; by default native where it was built.
     context: the longest conversation in tokens, prompt and answer together; default: the model's, at most 8192.
-    threads: native only; kv: format of the cache; device, dtype (of weights and activations): torch only.
+    threads: native only; kv: format of the cache; kv_memory: bytes that it may take, for several conversations side by
+    side; at least what one of `context` takes, which is the default. device, dtype (of weights and activations): torch
+    only.
     speculate: compute tokens ahead where a text repeats itself (docs/engine.md); the answers are the same.
     Raises ModelNotFound, FormatError, ConfigError, TokenizerError, UnavailableError.
     """
     files = open_files(name_or_path)
     tokenizer = files.tokenizer()  # before the executor, which takes longer: what is wrong with it shows at once
     kind = executor or default_kind()
+    if context is None:
+        context = min(files.config.max_context, DEFAULT_CONTEXT)
+    block_bytes = KV_BLOCK * cached_bytes(files.config, kv)
+    n_blocks = max(-(-context // KV_BLOCK), (kv_memory or 0) // block_bytes)
     opened = open_executor(
         kind,
         files.config,
         files.tensors,
-        context=min(files.config.max_context, DEFAULT_CONTEXT) if context is None else context,
+        context=context,
+        n_blocks=n_blocks,
         threads=threads,
         kv=kv,
         device=device,
         dtype=dtype,
         cache=PanelCache.of(files.checkpoint, native.panels_version()) if kind == "native" else None,
     )
-    return Model(files, tokenizer, opened, speculate=speculate)
+    memory = files.checkpoint.nbytes + n_blocks * block_bytes
+    return Model(files, tokenizer, opened, memory=memory, speculate=speculate)
 
 
 class Model:
     """A model that answers. A context manager; `close` frees weights and cache."""
 
-    def __init__(self, files: Files, tokenizer: Tokenizer, executor: Executor, *, speculate: bool = True) -> None:
-        """Owns the executor from here on."""
+    def __init__(
+        self, files: Files, tokenizer: Tokenizer, executor: Executor, *, memory: int, speculate: bool = True
+    ) -> None:
+        """Owns the executor from here on. memory: bytes of its weights and of its cache."""
         self.files = files
         self.config = files.config
         self.tokenizer = tokenizer
         self.executor = executor
+        self.memory = memory
         self.name = files.checkpoint.path.name
         self._sampling = files.sampling()
         self.engine = Engine(

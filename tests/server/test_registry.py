@@ -17,6 +17,7 @@ from dapji.server.registry import Registry
 class Fake:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.memory = path.stat().st_size
         self.closed = False
 
     def close(self) -> None:

@@ -42,6 +42,15 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tls-cert", type=FILE, help="Certificate in PEM, its chain behind it: HTTPS.")
 @click.option("--tls-key", type=FILE, help="Its private key in PEM.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="For open models together.")
+@click.option(
+    "--kv-memory",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="GB",
+    help="For the conversations of one model, side by side and as long as they may be read again; room for one of "
+    "--context there always is.",
+)
 @click.option("--max-running", type=click.IntRange(1, 512), default=64, show_default=True, help="Requests at once.")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Requests that wait.")
 @click.option(
@@ -77,6 +86,7 @@ def command(
     tls_cert: Path | None,
     tls_key: Path | None,
     memory: float | None,
+    kv_memory: float,
     max_running: int,
     max_waiting: int,
     timeout: float | None,
@@ -140,8 +150,12 @@ def command(
         hosts=(*Settings.hosts, *_own_name(host), *map(_host, hosts)),
         origins=tuple(map(_origin, origins)),
     )
+    kv_bytes = round(kv_memory * 1e9)
     registry = Registry(
-        names, load=lambda path: load(path, **values), memory=None if memory is None else round(memory * 1e9)
+        names,
+        load=lambda path: load(path, kv_memory=kv_bytes, **values),
+        memory=None if memory is None else round(memory * 1e9),
+        kv_memory=kv_bytes,
     )
     listening = bind(host, port)
     configure(log)

@@ -39,7 +39,7 @@ class Metrics:
         self._generated = counter("generated_tokens", "Tokens of answers.", "model")
         gauge("requests_running", "Answers that are computed.").set_function(lambda: gate.running)
         gauge("requests_waiting", "Answers that wait for their turn.").set_function(lambda: gate.waiting)
-        memory = gauge("model_memory_bytes", "Weights of a model; 0 while it is not open.", "model")
+        memory = gauge("model_memory_bytes", "Weights and cache of a model; 0 while it is not open.", "model")
         for served in registry.models.values():
             memory.labels(served.name).set_function(partial(_taken, served))
         self.first_token = Histogram(
@@ -66,7 +66,7 @@ class Metrics:
 
 
 def _taken(served: Served) -> int:
-    return 0 if served.model is None else served.size
+    return 0 if served.model is None else served.memory
 
 
 async def show(request: Request) -> Response:

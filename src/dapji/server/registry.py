@@ -25,7 +25,9 @@ class Served:
     name: str
     path: Path
     size: int
-    """Bytes of its files: about what it takes in memory."""
+    """Bytes of its files."""
+    memory: int
+    """Bytes that it takes while it is open: until it was, an estimate."""
     created: int
     """Seconds since 1970, of its file."""
     model: Model | None = None
@@ -40,15 +42,18 @@ class Served:
 class Registry:
     """For one asyncio loop."""
 
-    def __init__(self, names: Iterable[str | Path], *, load: Callable[[Path], Model], memory: int | None) -> None:
+    def __init__(
+        self, names: Iterable[str | Path], *, load: Callable[[Path], Model], memory: int | None, kv_memory: int = 0
+    ) -> None:
         """names: of the store, or paths; the first is the default. memory: bytes that open models may take together;
-        None: any number are open at once. Raises ModelNotFound."""
+        None: any number are open at once. kv_memory: of it, what each takes beside its weights. Raises ModelNotFound.
+        """
         self.models: dict[str, Served] = {}
         for name in names:
             path = store.resolve(name)
             named = path.stem if Path(name).exists() else str(name)
             size = sum(part.stat().st_size for part in path.rglob("*")) if path.is_dir() else path.stat().st_size
-            self.models[named] = Served(named, path, size, int(path.stat().st_mtime))
+            self.models[named] = Served(named, path, size, size + kv_memory, int(path.stat().st_mtime))
         self._load = load
         self._memory = memory
 
@@ -69,6 +74,7 @@ class Registry:
             if served.model is None:
                 self._make_room(served)
                 served.model = await asyncio.to_thread(self._load, served.path)
+                served.memory = served.model.memory
             return served.model
 
     def find(self, name: str | None) -> Served:
@@ -84,14 +90,14 @@ class Registry:
         """Closes the least recently used models until `wanted` fits. Raises Problem where too many are in use."""
         while self._memory is not None:
             opened = [served for served in self.models.values() if served.model is not None]
-            taken = sum(served.size for served in opened)
-            if taken + wanted.size <= self._memory or not opened:
+            taken = sum(served.memory for served in opened)
+            if taken + wanted.memory <= self._memory or not opened:
                 return
             idle = [served for served in opened if served.users == 0]
             if not idle:
                 raise Problem(
                     "busy",
-                    f"model {wanted.name!r} ({wanted.size} bytes) does not fit beside those in use ({taken} bytes) "
+                    f"model {wanted.name!r} ({wanted.memory} bytes) does not fit beside those in use ({taken} bytes) "
                     f"into this server's {self._memory} bytes",
                     headers={"Retry-After": "10"},
                 )
