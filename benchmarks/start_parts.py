@@ -47,7 +47,8 @@ def parts(model: str, question: str) -> dict[str, float]:
     context = min(files.config.max_context, loading.DEFAULT_CONTEXT)
     executor = loading.open_executor("native", files.config, files.tensors, context=context, cache=cache)
     end("mapping the weights, recording the decoder")
-    with loading.Model(files, tokenizer, executor) as opened:
+    engine = loading.Engine(executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
+    with loading.Model(files, tokenizer, engine, executor=executor, memory=0) as opened:
         opened.template.prompt([{"role": "user", "content": question}])
         end("template and prompt")
         next(opened.chat([{"role": "user", "content": question}], max_tokens=1, temperature=0))

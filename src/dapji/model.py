@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from dapji.chat.formats import Content, Event, Parser, Reasoning, ToolCall
-from dapji.engine import Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
+from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
 from dapji.models.config import ModelConfig
@@ -141,27 +141,27 @@ def load(
         dtype=dtype,
         cache=PanelCache.of(files.checkpoint, native.panels_version()) if kind == "native" else None,
     )
+    engine = Engine(opened, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, speculate=speculate)
     memory = files.checkpoint.nbytes + n_blocks * block_bytes
-    return Model(files, tokenizer, opened, memory=memory, speculate=speculate)
+    return Model(files, tokenizer, engine, executor=opened, memory=memory)
 
 
 class Model:
     """A model that answers. A context manager; `close` frees weights and cache."""
 
     def __init__(
-        self, files: Files, tokenizer: Tokenizer, executor: Executor, *, memory: int, speculate: bool = True
+        self, files: Files, tokenizer: Tokenizer, engine: BaseEngine, *, memory: int, executor: Executor | None = None
     ) -> None:
-        """Owns the executor from here on. memory: bytes of its weights and of its cache."""
+        """Owns the engine from here on, and the executor that it runs on, if it runs on one. memory: bytes of weights
+        and cache in this process."""
         self.files = files
         self.config = files.config
         self.tokenizer = tokenizer
+        self.engine = engine
         self.executor = executor
         self.memory = memory
         self.name = files.checkpoint.path.name
         self._sampling = files.sampling()
-        self.engine = Engine(
-            executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, speculate=speculate
-        )
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -288,7 +288,8 @@ class Model:
     def close(self) -> None:
         """Ends what still runs, frees the executor. May be repeated."""
         self.engine.close()
-        self.executor.close()
+        if self.executor is not None:
+            self.executor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -401,7 +402,7 @@ class Reply(_Answer, Iterator[str]):
     `Model.chat` and `Model.complete` make it.
     """
 
-    def __init__(self, engine: Engine, prepared: Prepared) -> None:
+    def __init__(self, engine: BaseEngine, prepared: Prepared) -> None:
         super().__init__(prepared)
         self._stream = engine.generate(prepared.request)
 
@@ -430,7 +431,7 @@ class Reply(_Answer, Iterator[str]):
 class AsyncReply(_Answer):
     """`Reply` for the running asyncio loop. Cancelling who reads ends the generation."""
 
-    def __init__(self, engine: Engine, prepared: Prepared) -> None:
+    def __init__(self, engine: BaseEngine, prepared: Prepared) -> None:
         """Raises as `Model.chat` does where the request does not fit."""
         super().__init__(prepared)
         self._stream = engine.agenerate(prepared.request)

@@ -4,12 +4,14 @@
 files; the layer above (dapji.model) turns messages into ids and ids into text. A request's life: docs/engine.md.
 """
 
-from dapji.engine.engine import AsyncStream, Engine, Stream
+from dapji.engine.base import AsyncStream, BaseEngine, Stream
+from dapji.engine.engine import Engine
 from dapji.engine.request import Finish, Logprobs, Output, Request, Sampling, Scores, Timings, Usage
 from dapji.engine.stop import StopStrings
 
 __all__ = [
     "AsyncStream",
+    "BaseEngine",
     "Engine",
     "Finish",
     "Logprobs",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dapji.engine import Engine
+from dapji.engine import BaseEngine
 from dapji.errors import FormatError, UsageError
 
 
@@ -28,7 +28,7 @@ class Perplexity:
 
 
 def perplexity(
-    engine: Engine,
+    engine: BaseEngine,
     tokens: Sequence[int],
     *,
     chunk: int = 512,

@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from dapji.engine import Engine, Finish, Request, Sampling
+from dapji.engine import BaseEngine, Finish, Request, Sampling
 from dapji.errors import UsageError
 from dapji.evaluation.machine import Limits, measure_limits
 from dapji.models.config import ModelConfig
@@ -92,7 +92,7 @@ class Speed:
 
 
 def measure_speed(
-    engine: Engine,
+    engine: BaseEngine,
     *,
     vocab_size: int,
     threads: int,
@@ -138,7 +138,7 @@ def measure_speed(
 
 
 def answer_random(
-    engine: Engine, random: np.random.Generator, *, vocab_size: int, n_before: int, n_tokens: int
+    engine: BaseEngine, random: np.random.Generator, *, vocab_size: int, n_before: int, n_tokens: int
 ) -> Finish:
     """How an answer of exactly `n_tokens` to `n_before` random tokens went."""
     prompt = random.integers(vocab_size, size=n_before).tolist()
