@@ -75,8 +75,9 @@ def version() -> str:
 
 
 @contextmanager
-def server(path: Path, *, n: int, context: int, threads: int, flags: Flags) -> Iterator[int]:
-    """llama-server with n slots and `context` tokens for all of them together; its port, until the block ends."""
+def server(path: Path, *, n: int, context: int, threads: int, flags: Flags) -> Iterator[tuple[int, int]]:
+    """llama-server with n slots and `context` tokens for all of them together; its port and process, until the block
+    ends."""
     repack, tiled, flash = flags
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,7 +92,7 @@ def server(path: Path, *, n: int, context: int, threads: int, flags: Flags) -> I
                 if process.poll() is not None:
                     raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
                 sleep(0.1)
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
 

@@ -105,7 +105,7 @@ class Server:
 @contextmanager
 def server(path: Path, n: int, threads: int, flags: peer.Flags) -> Iterator[Server]:
     """llama-server with n slots for a prompt and an answer each, until the block ends."""
-    with peer.server(path, n=n, context=n * 2 * (PROMPT + ANSWER), threads=threads, flags=flags) as port:
+    with peer.server(path, n=n, context=n * 2 * (PROMPT + ANSWER), threads=threads, flags=flags) as (port, _):
         yield Server(port)
 
 

@@ -37,6 +37,11 @@ class Guard:
     def _check(self, scope: Scope) -> str:
         """Whose request it is; "" where no keys are asked for. Raises Problem."""
         headers = Headers(scope=scope)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy before us may believe the other one, and see other requests than we do (RFC 9112, 6.1).
+            raise Problem(
+                "invalid_request", "both Transfer-Encoding and Content-Length: where the body ends is not certain"
+            )
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if name.lower() not in self._settings.hosts:
