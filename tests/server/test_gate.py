@@ -109,3 +109,49 @@ def test_a_large_one_that_gives_up_lets_in_those_behind_it() -> None:
         assert small.done()
 
     asyncio.run(run())
+
+
+def test_the_background_takes_half_of_the_places_and_none_while_others_wait() -> None:
+    async def run() -> None:
+        gate, order = Gate(running=4, waiting=10), []
+        release = asyncio.Event()
+
+        async def ask(key: str, background: bool) -> None:
+            async with gate.enter(key, background=background):
+                order.append(key)
+                await release.wait()
+
+        tasks = []
+        for key in ("lines", "lines", "lines", "lines", "others"):
+            tasks.append(asyncio.ensure_future(ask(key, True)))
+            await settle()
+        assert order == ["lines", "lines"]
+        assert (gate.running, gate.waiting) == (2, 0), "the rest is not among those who wait"
+        for key in ("a", "b", "c", "d"):
+            tasks.append(asyncio.ensure_future(ask(key, False)))
+            await settle()
+        assert order[2:] == ["a", "b"], "there was room for two"
+        assert gate.waiting == 2
+        release.set()
+        await asyncio.gather(*tasks)
+        assert order[4:6] == ["c", "d"]
+        assert sorted(order[6:]) == ["lines", "lines", "others"]
+        assert order[6:8] == ["lines", "others"], "keys take turns there too"
+        assert gate.running == 0
+
+    asyncio.run(run())
+
+
+def test_what_never_fits_into_half_of_the_places_runs_in_the_background_when_nothing_else_does() -> None:
+    async def run() -> None:
+        gate = Gate(running=4, waiting=10)
+        async with gate.enter("a"):
+            turn = gate.enter("lines", 3, background=True)
+            large = asyncio.ensure_future(turn.__aenter__())
+            await settle()
+            assert not large.done()
+        await settle()
+        assert large.done()
+        assert gate.running == 3
+
+    asyncio.run(run())

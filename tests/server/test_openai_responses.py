@@ -213,7 +213,7 @@ def test_what_is_kept_is_told_and_what_is_deleted_is_gone(client: openai.OpenAI,
     newest = client.responses.input_items.list(response.id)
     assert newest.data[0].content[0].text == "비밀 4"  # type: ignore[union-attr]
     folder = server.service.settings.folder
-    assert "비밀 4".encode() in b"".join(path.read_bytes() for path in folder.iterdir())
+    assert "비밀 4".encode() in b"".join(path.read_bytes() for path in folder.glob("responses.db*"))
     client.responses.delete(response.id)
     for path in folder.iterdir():
         assert "비밀".encode() not in path.read_bytes()

@@ -119,7 +119,7 @@ def command(
         from dapji.server.app import create_app
         from dapji.server.listener import Listener, bind
     except ModuleNotFoundError as error:
-        if error.name not in ("uvicorn", "starlette", "prometheus_client"):
+        if error.name not in ("uvicorn", "starlette", "prometheus_client", "python_multipart"):
             raise
         raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
     from dapji.model import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,12 +20,15 @@ from dapji.errors import DapjiError
 from dapji.server import metrics, openapi
 from dapji.server.anthropic import messages
 from dapji.server.anthropic import models as anthropic_models
+from dapji.server.batches.runner import BatchRunner
+from dapji.server.batches.store import BatchStore
 from dapji.server.guard import Guard
 from dapji.server.keys import Keys
 from dapji.server.observer import Observer
 from dapji.server.ollama import chat as ollama_chat
 from dapji.server.ollama import models as ollama_models
-from dapji.server.openai import chat, completions, models, responses, tokens
+from dapji.server.openai import batches as openai_batches
+from dapji.server.openai import chat, completions, files, models, responses, tokens
 from dapji.server.openai.stored import ResponseStore
 from dapji.server.problem import Kind, Problem
 from dapji.server.protocols import problem_response, speaks_anthropic
@@ -40,39 +44,25 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     """Owns the registry: its models are closed when the application ends. keys: None: nobody is asked for one."""
     service = Service(registry, settings, keys)
     kept = ResponseStore(settings.folder)
+    batches = BatchStore(settings.folder)
+    handlers = {Problem: _problem, DapjiError: _error, HTTPException: _http, Exception: _failure}
+    routes = _routes()
+    # The lines of batches are requests like others, of keys that have been checked.
+    inside = Starlette(routes=routes, middleware=[Middleware(Observer, service=service)], exception_handlers=handlers)
+    runner = BatchRunner(batches, inside, registry, settings, keys)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        running = asyncio.create_task(runner.run())
         yield
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         registry.close()
         kept.close()
+        batches.close()
 
     app = Starlette(
-        routes=[
-            Route("/health", _health),
-            Route("/openapi.json", openapi.show),
-            Route("/metrics", metrics.show),
-            Route("/v1/models", _models),
-            Route("/v1/models/{name:path}", _model),
-            Route("/v1/chat/completions", chat.create, methods=["POST"]),
-            Route("/v1/completions", completions.create, methods=["POST"]),
-            Route("/v1/messages", messages.create, methods=["POST"]),
-            Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
-            Route("/v1/responses", responses.create, methods=["POST"]),
-            Route("/v1/responses/{id}", responses.show, methods=["GET"]),
-            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
-            Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
-            Route("/api/chat", ollama_chat.chat, methods=["POST"]),
-            Route("/api/generate", ollama_chat.generate, methods=["POST"]),
-            Route("/api/tags", ollama_models.tags),
-            Route("/api/ps", ollama_models.ps),
-            Route("/api/show", ollama_models.show, methods=["POST"]),
-            Route("/api/version", ollama_models.version),
-            Route("/api/embed", ollama_models.embed, methods=["POST"]),
-            Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
-            Route("/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/detokenize", tokens.detokenize, methods=["POST"]),
-        ],
+        routes=routes,
         middleware=[
             Middleware(Observer, service=service),
             Middleware(
@@ -84,12 +74,52 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
             ),
             Middleware(Guard, settings=settings, keys=keys),
         ],
-        exception_handlers={Problem: _problem, DapjiError: _error, HTTPException: _http, Exception: _failure},
+        exception_handlers=handlers,
         lifespan=lifespan,
     )
     app.state.service = service
     app.state.responses = kept
+    app.state.batches = batches
+    app.state.runner = runner
+    inside.state = app.state
     return app
+
+
+def _routes() -> list[Route]:
+    return [
+        Route("/health", _health),
+        Route("/openapi.json", openapi.show),
+        Route("/metrics", metrics.show),
+        Route("/v1/models", _models),
+        Route("/v1/models/{name:path}", _model),
+        Route("/v1/chat/completions", chat.create, methods=["POST"]),
+        Route("/v1/completions", completions.create, methods=["POST"]),
+        Route("/v1/files", files.create, methods=["POST"]),
+        Route("/v1/files", files.index, methods=["GET"]),
+        Route("/v1/files/{id}", files.show, methods=["GET"]),
+        Route("/v1/files/{id}", files.delete, methods=["DELETE"]),
+        Route("/v1/files/{id}/content", files.content, methods=["GET"]),
+        Route("/v1/batches", openai_batches.create, methods=["POST"]),
+        Route("/v1/batches", openai_batches.index, methods=["GET"]),
+        Route("/v1/batches/{id}", openai_batches.show, methods=["GET"]),
+        Route("/v1/batches/{id}/cancel", openai_batches.cancel, methods=["POST"]),
+        Route("/v1/messages", messages.create, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.show, methods=["GET"]),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+        Route("/api/chat", ollama_chat.chat, methods=["POST"]),
+        Route("/api/generate", ollama_chat.generate, methods=["POST"]),
+        Route("/api/tags", ollama_models.tags),
+        Route("/api/ps", ollama_models.ps),
+        Route("/api/show", ollama_models.show, methods=["POST"]),
+        Route("/api/version", ollama_models.version),
+        Route("/api/embed", ollama_models.embed, methods=["POST"]),
+        Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+    ]
 
 
 async def _health(request: Request) -> Response:

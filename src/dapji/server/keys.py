@@ -104,6 +104,10 @@ class Keys:
                 return found
         return None
 
+    def opens(self, name: str) -> bool:
+        """Whether there is a key of that name that is not revoked."""
+        return bool(self._run("SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL", (name,)))
+
     def charge(self, name: str, tokens: int) -> None:
         """Counts tokens of today, over the quota too: an answer under way is finished."""
         self._run(

@@ -13,6 +13,7 @@ from dapji.server.problem import Problem
 from dapji.server.protocols import problem_response
 from dapji.server.record import Record, current
 from dapji.server.service import Service
+from dapji.server.settings import Settings
 
 CLIENT_GONE = 499
 """As nginx calls it; nobody receives it."""
@@ -31,11 +32,12 @@ class Observer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(method=scope["method"], route=_route(scope))
+        background = scope.get("state", {}).get("background", False)
+        record = Record(method=scope["method"], route=_route(scope), background=background)
         current.set(record)
-        request = _Watched(record, self._service.settings.receive_timeout, receive, send)
-        limit = self._service.settings.timeout
-        self._service.active += 1
+        request = _Watched(record, self._service.settings, receive, send)
+        limit = None if background else self._service.settings.timeout
+        self._service.active += not background
         try:
             async with asyncio.timeout_at(None if limit is None else record.started + limit + UNREAD):
                 await (_stopping if self._service.stopping else self._app)(scope, request.receive, request.send)
@@ -45,7 +47,7 @@ class Observer:
             if not request.gone:
                 raise
         finally:
-            self._service.active -= 1
+            self._service.active -= not background
             if request.gone:
                 record.status = CLIENT_GONE
             record.key = scope.get("state", {}).get("key", "")
@@ -57,12 +59,13 @@ class Observer:
 class _Watched:
     """A request's way in and out."""
 
-    def __init__(self, record: Record, limit: float, receive: Receive, send: Send) -> None:
+    def __init__(self, record: Record, settings: Settings, receive: Receive, send: Send) -> None:
         self._record = record
-        self._limit = limit
+        self._settings = settings
         self._receive = receive
         self._send = send
         self._arriving = True
+        self._received = 0
         self._answered = False
         self.gone = False
 
@@ -70,16 +73,19 @@ class _Watched:
         """Raises Problem where the body takes too long."""
         if not self._arriving:
             return self._seen(await self._receive())
+        # What may be larger than a body, a file, has that time for each body's worth of it.
+        limit = self._settings.receive_timeout * (1 + self._received // self._settings.max_body)
         try:
-            async with asyncio.timeout_at(self._record.started + self._limit):
+            async with asyncio.timeout_at(self._record.started + limit):
                 message = await self._receive()
         except TimeoutError:
             raise Problem(
                 "slow",
-                f"the body has not arrived within this server's limit of {self._limit:g} seconds",
+                f"the body has not arrived within this server's limit of {limit:g} seconds",
                 headers={"Connection": "close"},
             ) from None
         self._arriving = message.get("more_body", False)
+        self._received += len(message.get("body", b""))
         return self._seen(message)
 
     def _seen(self, message: Message) -> Message:

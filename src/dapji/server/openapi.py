@@ -28,7 +28,9 @@ async def show(request: Request) -> Response:
 def document(app: Starlette) -> JsonObject:
     routes = [route for route in app.routes if isinstance(route, Route)]
     read = [Reads.of(route.endpoint) for route in routes]
-    types = list(dict.fromkeys(type for each in read for type in (each.body, each.query) if type is not None))
+    types = list(
+        dict.fromkeys(type for each in read for type in (each.body, each.query, each.form) if type is not None)
+    )
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCES)
     schema_of = dict(zip(types, schemas, strict=True))
     paths: JsonObject = {}
@@ -47,6 +49,9 @@ def document(app: Starlette) -> JsonObject:
             operation["parameters"] = parameters
         if each.body is not None:
             content = {"application/json": {"schema": schema_of[each.body]}}
+            operation["requestBody"] = {"required": True, "content": content}
+        if each.form is not None:
+            content = {"multipart/form-data": {"schema": schema_of[each.form]}}
             operation["requestBody"] = {"required": True, "content": content}
         path = paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})
         for method in sorted((route.methods or set()) - {"HEAD"}):

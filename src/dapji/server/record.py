@@ -17,6 +17,8 @@ class Record:
     status: int = 500
     """499: the client went away before its answer was whole."""
     key: str = ""
+    background: bool = False
+    """Whether nobody waits for the answer: others come first, and it may take any time."""
     model: str | None = None
     prompt: int = 0
     """Tokens; so `cached` and `generated`."""

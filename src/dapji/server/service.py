@@ -50,7 +50,7 @@ class Service:
         self.gate = Gate(running=settings.max_running, waiting=settings.max_waiting)
         self.metrics = Metrics(registry, self.gate)
         self.active = 0
-        """Requests of every kind that are being answered."""
+        """Requests of every kind that somebody waits for."""
         self.stopping = False
         """Whether new ones are refused."""
         self._keys = keys
@@ -97,7 +97,8 @@ class Service:
         async with AsyncExitStack() as held:
             try:
                 async with _until(self._deadline()):
-                    await held.enter_async_context(self.gate.enter(key, n))
+                    background = current.get().background
+                    await held.enter_async_context(self.gate.enter(key, n, background=background))
                     opened = await held.enter_async_context(self.opened(model))
             except DeadlineError as error:
                 raise Problem.of(error) from error
@@ -142,8 +143,8 @@ class Service:
 
     def _deadline(self) -> float | None:
         """Of the request that is being answered, on the loop's clock."""
-        limit = self.settings.timeout
-        return None if limit is None else current.get().started + limit
+        limit, record = self.settings.timeout, current.get()
+        return None if limit is None or record.background else record.started + limit
 
     def _check_top(self, n: int) -> None:
         if n > self.settings.max_top:
@@ -184,7 +185,8 @@ class _Timed(AsyncReply):
         if self._last is None:
             first = now - self._record.started
             self._record.first_token = self._record.first_token or first
-            self._metrics.first_token.observe(first)
+            if not self._record.background:
+                self._metrics.first_token.observe(first)
             self._last, new = now, new - 1
         for _ in range(new):
             self._metrics.inter_token.observe((now - self._last) / new)

@@ -16,6 +16,10 @@ class Settings:
     """Requests that wait beside them; more are sent away."""
     max_body: int = 8 << 20
     """Bytes of a request."""
+    max_file: int = 200 << 20
+    """Bytes of a file that is uploaded; it is written to the disk as it comes."""
+    max_batch: int = 50_000
+    """Requests in a batch."""
     receive_timeout: float = 60.0
     """Seconds in which a request must arrive, from its first byte to its last."""
     timeout: float | None = None

@@ -31,12 +31,18 @@ class Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of what clients send: a field that we do not know is refused."""
 
 
+class NoQuery(Strict):
+    """No parameters."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reads:
     """What a route takes, as a decorator of its function: `/openapi.json` tells it."""
 
     body: type | None = None
     query: type | None = None
+    form: type | None = None
+    """A body that is a form with a file."""
 
     def __call__(self, endpoint: R) -> R:
         setattr(endpoint, _READS, self)

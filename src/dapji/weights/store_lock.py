@@ -32,6 +32,15 @@ else:
             return False
 
 
+def try_lock(path: Path) -> int | None:
+    """The lock file `path`, held until the file descriptor is closed; None: another process has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if _acquire(fd, wait=False):
+        return fd
+    os.close(fd)
+    return None
+
+
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
     """Hold the lock file `path`; `on_wait` is called once if another process has it. The file stays, as deleting it

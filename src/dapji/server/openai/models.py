@@ -27,6 +27,8 @@ def _described(served: Served, service: Service) -> dict[str, Any]:
     settings = service.settings
     limits: dict[str, Any] = {
         "max_body_bytes": settings.max_body,
+        "max_file_bytes": settings.max_file,
+        "max_batch_requests": settings.max_batch,
         "max_choices": settings.max_choices,
         "max_top_logprobs": settings.max_top,
         "max_running": settings.max_running,

@@ -28,7 +28,7 @@ from dapji.server.openai.responses_items import Item, item_id, items_of, message
 from dapji.server.openai.stored import ResponseStore, Stored
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
-from dapji.server.wire import Reads, Strict, convert, event, event_stream, json_response, read, read_query
+from dapji.server.wire import NoQuery, Reads, Strict, convert, event, event_stream, json_response, read, read_query
 
 
 class Tool(Strict, tag_field="type", tag="function"):
@@ -108,10 +108,6 @@ async def create(request: Request) -> Response:
     if asked.stream:
         return await answered_in_parts(answers, partial(_streamed, asked, keep), event_stream, headers)
     return await answered_whole(request, answers, partial(_whole, asked, keep), headers)
-
-
-class NoQuery(Strict):
-    """No parameters."""
 
 
 class Page(Strict):
