@@ -19,7 +19,8 @@ import httpx
 import pytest
 from in_process import Dapji
 
-from dapji.cli.serve import OPENSSL, command
+from dapji.cli.serve import command
+from dapji.server.authority import Authority
 from dapji.server.keys import Keys
 from tiny import COUNTING, SCRIPT, write_tiny
 
@@ -190,16 +191,14 @@ def test_lines_of_json(serve: Serve) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """By the command that the errors name."""
+    """In one file each."""
     folder = tmp_path_factory.mktemp("tls")
-    try:
-        subprocess.run(
-            OPENSSL.replace("key.pem", f"{folder}/key.pem").replace("cert.pem", f"{folder}/cert.pem").split(),
-            check=True,
-            capture_output=True,
-        )
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed")
+    authority = Authority(folder, ["localhost"])
+    authority.renew()
+    pem = authority.certificate.read_text()
+    begins = pem.index("-----BEGIN PRIVATE KEY")
+    (folder / "cert.pem").write_text(pem[:begins])
+    (folder / "key.pem").write_text(pem[begins:])
     return folder / "cert.pem", folder / "key.pem"
 
 
@@ -207,7 +206,7 @@ def test_tls(serve: Serve, certificate: tuple[Path, Path]) -> None:
     cert, key = certificate
     served = serve("--host", "localhost", "--tls-cert", cert, "--tls-key", key)
     assert served.url.startswith("https://localhost:")
-    trusted = ssl.create_default_context(cafile=str(cert))
+    trusted = ssl.create_default_context(cafile=str(cert.with_name("authority.pem")))
     assert served.ask(verify=trusted).status_code == 200
     own_page = httpx.get(f"{served.url}/v1/models", verify=trusted, headers={"Origin": served.url})
     assert own_page.status_code == 200
@@ -215,9 +214,27 @@ def test_tls(serve: Serve, certificate: tuple[Path, Path]) -> None:
         served.ask()
 
 
+def test_a_certificate_of_an_authority_of_its_own(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--tls-self-signed", "--allow-host", "llm.example.org")
+    assert served.url.startswith("https://127.0.0.1:")
+    authority = next(re.findall(r"the authority (\S+): curl", line)[0] for line in served.lines if "authority" in line)
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        served.ask()
+    ask = (
+        "import openai; "
+        f"client = openai.OpenAI(base_url='{served.url.replace('127.0.0.1', 'localhost')}/v1', api_key='none'); "
+        "print([model.id for model in client.models.list()])"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", ask], env=os.environ | {"SSL_CERT_FILE": authority}, capture_output=True, text=True
+    )
+    assert asked.stdout == "['answer', 'endless']\n", asked.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--tls-self-signed", "--tls-cert", "{cert}"], "give one of them"),
         (["--host", "0.0.0.0"], r"--host 0\.0\.0\.0 is reachable from other machines.*\nhint: dapji key add NAME"),
         (["--allow-host", "*"], r"--allow-host '\*' is no name or address"),
         (["--allow-host", "http://a"], "is no name or address"),

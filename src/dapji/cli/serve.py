@@ -13,10 +13,7 @@ from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, s
 from dapji.errors import UnavailableError, UsageError
 
 PORT = 8410
-OPENSSL = (
-    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=localhost "
-    "-addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
-)
+SELF_SIGNED = "--tls-self-signed makes a certificate that those trust whom you let"
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -41,6 +38,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--tls-cert", type=FILE, help="Certificate in PEM, its chain behind it: HTTPS.")
 @click.option("--tls-key", type=FILE, help="Its private key in PEM.")
+@click.option("--tls-self-signed", is_flag=True, help="HTTPS with a certificate of this machine's own authority.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="For open models together.")
 @click.option(
     "--kv-memory",
@@ -85,6 +83,7 @@ def command(
     origins: tuple[str, ...],
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_self_signed: bool,
     memory: float | None,
     kv_memory: float,
     max_running: int,
@@ -109,6 +108,7 @@ def command(
       curl localhost:8410/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
       dapji key add me && dapji serve --host 0.0.0.0 --allow-host llm.example.org \\
         --tls-cert cert.pem --tls-key key.pem
+      dapji key add me && dapji serve --host 192.168.1.5 --tls-self-signed
       dapji serve --log json --timeout 600 2>> requests.jsonl
 
     \b
@@ -118,8 +118,11 @@ def command(
     try:
         from dapji.server.app import create_app
         from dapji.server.listener import Listener, bind
+
+        if tls_self_signed:
+            from dapji.server.authority import Authority
     except ModuleNotFoundError as error:
-        if error.name not in ("uvicorn", "starlette", "prometheus_client", "python_multipart"):
+        if error.name not in ("uvicorn", "starlette", "prometheus_client", "python_multipart", "cryptography"):
             raise
         raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
     from dapji.model import load
@@ -132,6 +135,8 @@ def command(
     names = models or [record.name for record in store.installed()]
     if not names:
         raise UsageError("no model is installed", hint=f"dapji pull {DEFAULT_MODEL}")
+    if tls_self_signed and (tls_cert or tls_key):
+        raise UsageError("--tls-self-signed makes the certificate that --tls-cert would be: give one of them")
     tls = _tls(tls_cert, tls_key)
     known = keys.Keys(keys.path())
     if not _is_loopback(host):
@@ -140,8 +145,10 @@ def command(
                 f"--host {host} is reachable from other machines, and there is no key that they would need",
                 hint="dapji key add NAME, then give the key that it prints to your clients",
             )
-        if tls is None:
-            click.echo("without --tls-cert, keys and texts cross the network unencrypted", err=True)
+        if tls is None and not tls_self_signed:
+            click.echo(
+                "without HTTPS (--tls-cert, --tls-self-signed), keys and texts cross the network unencrypted", err=True
+            )
     settings = Settings(
         max_running=max_running,
         max_waiting=max_waiting,
@@ -157,12 +164,23 @@ def command(
         memory=None if memory is None else round(memory * 1e9),
         kv_memory=kv_bytes,
     )
+    renew = None
+    if tls_self_signed:
+        authority = Authority(settings.folder / "tls", settings.hosts)
+        authority.renew()
+        tls, renew = (authority.certificate, authority.certificate), authority.renew
     listening = bind(host, port)
     configure(log)
     click.echo(f"models: {', '.join(registry.models)}", err=True)
+    if tls_self_signed:
+        click.echo(
+            f"clients trust the authority {authority.path}: curl --cacert FILE, SSL_CERT_FILE=FILE for Python, "
+            "NODE_EXTRA_CA_CERTS=FILE for Node",
+            err=True,
+        )
     address = f"[{host}]" if ":" in host else host
     click.echo(f"listening on {'https' if tls else 'http'}://{address}:{listening.getsockname()[1]}", err=True)
-    Listener(create_app(registry, settings, keys=known), tls=tls).run([listening])
+    Listener(create_app(registry, settings, keys=known), tls=tls, renew=renew).run([listening])
 
 
 def _tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
@@ -170,14 +188,14 @@ def _tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
     if cert is None and key is None:
         return None
     if cert is None or key is None:
-        raise UsageError("--tls-cert and --tls-key are given together", hint=f"for a test: {OPENSSL}")
+        raise UsageError("--tls-cert and --tls-key are given together", hint=SELF_SIGNED)
     import ssl
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_no_password)
     except (ssl.SSLError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UsageError(f"{cert} and {key} are no certificate and its key: {reason}", hint=OPENSSL) from error
+        raise UsageError(f"{cert} and {key} are no certificate and its key: {reason}", hint=SELF_SIGNED) from error
     return cert, key
 
 

@@ -4,8 +4,10 @@ stop."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +21,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dapji.errors import UsageError
 from dapji.server.service import Service
+
+log = logging.getLogger("dapji.server")
+
+TICKS = 36_000
+"""Of uvicorn's main loop, ten a second, between two looks at the certificate."""
 
 
 class Connection(H11Protocol):
@@ -67,8 +74,12 @@ class Listener(uvicorn.Server):
     """Serves `app` until SIGINT or SIGTERM; then refuses what is new and lets answers end, for `Settings.grace` seconds
     at most or until a second signal."""
 
-    def __init__(self, app: Starlette, *, tls: tuple[Path, Path] | None = None) -> None:
-        """tls: certificate and key, in PEM."""
+    def __init__(
+        self, app: Starlette, *, tls: tuple[Path, Path] | None = None, renew: Callable[[], bool] | None = None
+    ) -> None:
+        """tls: certificate and key, in PEM. renew: called once an hour; whether those files are new."""
+        self._tls = tls
+        self._renew = renew
         self._service: Service = app.state.service
         self._deadline: float | None = None
         connection: Any = partial(Connection, limit=self._service.settings.receive_timeout)
@@ -101,7 +112,19 @@ class Listener(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._deadline is not None and (self._service.active == 0 or time.monotonic() >= self._deadline):
             self.should_exit = True
+        if self._renew is not None and counter % TICKS == 0:
+            await self._reload(self._renew)
         return await super().on_tick(counter)
+
+    async def _reload(self, renew: Callable[[], bool]) -> None:
+        """A certificate that was renewed is that of the next connections."""
+        try:
+            if await asyncio.to_thread(renew):
+                assert self.config.ssl is not None
+                assert self._tls is not None
+                self.config.ssl.load_cert_chain(*self._tls)
+        except OSError:
+            log.exception("the certificate cannot be renewed")
 
 
 def bind(host: str, port: int) -> socket.socket:
