@@ -40,6 +40,7 @@ def test_a_field_is_described_as_it_is_read(server: Running) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
 def test_whatever_is_sent_no_request_makes_the_server_fail(server: Running) -> None:
@@ -49,14 +50,13 @@ def test_whatever_is_sent_no_request_makes_the_server_fail(server: Running) -> N
     from schemathesis.checks import not_a_server_error
 
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    n_operations = 0
+    n_cases = 0
     for found in schema.get_all_operations():
         operation = found.ok()
-        n_operations += 1
         for mode in schemathesis.GenerationMode:
             # the same cases in every run, so that a failure belongs to the change that brings it
             @settings(
-                max_examples=50,
+                max_examples=200,
                 deadline=None,
                 derandomize=True,
                 suppress_health_check=list(HealthCheck),
@@ -64,8 +64,10 @@ def test_whatever_is_sent_no_request_makes_the_server_fail(server: Running) -> N
             )
             @given(case=operation.as_strategy(generation_mode=mode))
             def ask(case: Any) -> None:
+                nonlocal n_cases
+                n_cases += 1
                 case.call_and_validate(checks=[not_a_server_error])
 
             with suppress(Unsatisfiable):  # where nothing is sent, nothing wrong can be
                 ask()
-    assert n_operations > 10
+    assert n_cases >= 5000
