@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +21,9 @@ from dapji.chat.formats import Content, Event, ToolCall
 from dapji.errors import UnavailableError
 from dapji.model import AsyncReply
 from dapji.server.keys import Keys
-from tiny import ANSWER
+from dapji.server.ollama.models import _digest
+from dapji.weights import store
+from tiny import ANSWER, SCRIPT, write_tiny
 
 HELLO: Any = [{"role": "user", "content": "안녕"}]
 GREEDY: Any = {"temperature": 0.0, "num_predict": 60}
@@ -91,11 +98,94 @@ def test_an_empty_request_opens_the_model(start_server: Start) -> None:
         assert client.ps().models == []
         assert client.generate("endless", keep_alive="5m").done_reason == "load"
         (opened,) = client.ps().models
-        assert (opened.name, opened.context_length) == ("endless", 512)
+        assert (opened.name, opened.context_length) == ("endless:latest", 512)
         assert client.chat("answer").done_reason == "load"
         assert len(client.ps().models) == 2
-    told = httpx.post(f"{server.url}/api/generate", json={"model": "answer", "keep_alive": 0})
-    assert told.headers["Dapji-Ignored-Fields"] == "keep_alive"
+
+
+def test_a_model_stays_open_as_long_as_it_is_told(start_server: Start) -> None:
+    server = start_server()
+    with ollama.Client(host=server.url) as client:
+
+        def left() -> dict[str, float]:
+            now = datetime.now(UTC)
+            return {
+                model.model or "": (model.expires_at - now).total_seconds()
+                for model in client.ps().models
+                if model.expires_at is not None
+            }
+
+        client.chat("answer", HELLO, options=GREEDY)
+        assert left()["answer:latest"] > 100 * 365 * 86400, "until another needs its memory"
+        for keep_alive, seconds in ((300, 300), ("1h30m", 5400), ("90m", 5400), ("1.5h", 5400), (10.5, 10.5)):
+            client.chat("answer", HELLO, options=GREEDY, keep_alive=keep_alive)
+            assert seconds - 5 < left()["answer:latest"] <= seconds
+        client.generate("answer", keep_alive=-1)
+        assert left()["answer:latest"] > 100 * 365 * 86400
+        client.generate("answer", keep_alive="-1m")
+        answer = client.generate("answer", keep_alive=0)
+        assert (answer.done, answer.done_reason) == (True, "unload")
+        assert left() == {}
+        assert server.service.registry.models["answer"].model is None
+        assert client.generate("endless", keep_alive=0).done_reason == "unload", "it was not open, and is not"
+        assert client.chat("answer", HELLO, options=GREEDY, keep_alive=0).message.content == ANSWER
+        assert left() == {}, "closed after its answer"
+        parts = client.chat("answer", HELLO, options=GREEDY, stream=True, keep_alive="200ms")
+        assert "".join(part.message.content or "" for part in parts) == ANSWER
+        assert list(left()) == ["answer:latest"]
+        end = time.monotonic() + 10
+        while left():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        with pytest.raises(ollama.ResponseError, match="keep_alive '5x' is no duration"):
+            client.generate("answer", keep_alive="5x")
+
+
+def test_names_may_have_the_tag_latest(client: ollama.Client) -> None:
+    assert client.chat("answer:latest", HELLO, options=GREEDY).message.content == ANSWER
+    assert client.show("answer:latest") == client.show("answer")
+    with pytest.raises(ollama.ResponseError, match="no model"):
+        client.chat("answer:7b", HELLO)
+
+
+def test_a_digest_is_the_files(client: ollama.Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    digests = [model.digest or "" for model in client.list().models]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+    assert digests == [model.digest for model in client.list().models]
+    assert len(set(digests)) == 2
+    monkeypatch.setenv("DAPJI_HOME", str(tmp_path))
+    file = write_tiny(tmp_path / "mine.gguf", SCRIPT)
+    path = store.pull(f"file:{file}", name="mine")
+    assert _digest(path) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_log_probabilities_are_those_of_openais_endpoint(client: ollama.Client, server: Running) -> None:
+    asked: dict[str, Any] = {"model": "answer", "messages": HELLO, "temperature": 0, "logprobs": True}
+    told = httpx.post(f"{server.url}/v1/chat/completions", json=asked | {"top_logprobs": 3}).json()
+    expected = told["choices"][0]["logprobs"]["content"]
+    options: Any = {"temperature": 0.0}
+    whole = client.chat("answer", HELLO, options=options, logprobs=True, top_logprobs=3)
+    parts = list(client.chat("answer", HELLO, options=options, logprobs=True, top_logprobs=3, stream=True))
+    text = client.generate("answer", "안녕", options=options, logprobs=True)
+    for found in (whole.logprobs or (), [each for part in parts for each in part.logprobs or ()]):
+        assert [(each.token, each.logprob) for each in found] == [(each["token"], each["logprob"]) for each in expected]
+        for each, other in zip(found, expected, strict=True):
+            assert each.top_logprobs is not None
+            assert [(top.token, top.logprob) for top in each.top_logprobs] == [
+                (top["token"], top["logprob"]) for top in other["top_logprobs"]
+            ]
+    assert [each.logprob for each in text.logprobs or ()] == [each["logprob"] for each in expected]
+    with pytest.raises(ollama.ResponseError, match="top_logprobs needs logprobs"):
+        client.chat("answer", HELLO, top_logprobs=3)
+
+
+def test_what_says_how_ollama_computes_is_named_and_changes_nothing(server: Running) -> None:
+    how = {"num_gpu": 99, "num_thread": 4, "use_mmap": True, "num_batch": 512, "num_keep": 4, "mirostat_tau": 5.0}
+    told = httpx.post(f"{server.url}/api/chat", json={"messages": HELLO, "stream": False, "options": GREEDY | how})
+    assert told.json()["message"]["content"] == ANSWER
+    assert told.headers["Dapji-Ignored-Fields"] == ", ".join(
+        f"options.{name}" for name in ("num_keep", "num_batch", "num_gpu", "num_thread", "use_mmap")
+    )
 
 
 def test_options_reach_the_model(client: ollama.Client) -> None:
@@ -182,7 +272,7 @@ def test_answers_have_the_format_that_is_asked_for(client: ollama.Client) -> Non
     ("change", "message"),
     [
         ({"foo": 1}, "unknown field 'foo'"),
-        ({"options": {"num_gpu": 1}}, "unknown field 'options.num_gpu'"),
+        ({"options": {"penalize_newline": True}}, "unknown field 'options.penalize_newline'"),
         ({"options": {"temperature": -1}}, "temperature must be finite and >= 0, got -1"),
         ({"options": {"repeat_last_n": 64}}, "options.repeat_last_n: Invalid enum value 64"),
         ({"options": {"num_ctx": 4096}}, "options.num_ctx (4096) is more than the context"),
@@ -196,7 +286,7 @@ def test_answers_have_the_format_that_is_asked_for(client: ollama.Client) -> Non
         ({"messages": [{"role": "user", "content": "a" * 600}]}, "context (512 tokens)"),
         ({"tools": [WEATHER]}, "no place for tools"),
         ({"format": {"type": "nonsense"}}, "grammar"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 101}, "101 likeliest tokens are more than the 100"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -265,7 +355,7 @@ def test_refusals_have_the_protocols_form(client: ollama.Client, start_server: S
 
 def test_models_are_described(agent: ollama.Client, agents: Running) -> None:
     agent.chat("thinker")
-    assert [model.model for model in agent.list().models] == ["caller", "thinker"]
+    assert [model.model for model in agent.list().models] == ["caller:latest", "thinker:latest"]
     for name, capabilities in (("caller", ["completion", "tools"]), ("thinker", ["completion", "thinking"])):
         shown = agent.show(name)
         assert shown.capabilities == capabilities

@@ -12,8 +12,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dapji.model import AsyncReply
 from dapji.server.service import Answers
 from dapji.server.wire import Streamed, json_response, while_connected
+from dapji.tokenizer import Tokenizer
 
 JsonObject = dict[str, Any]
 
@@ -58,6 +60,24 @@ def arguments_of(written: str) -> JsonObject:
         if isinstance(arguments, dict):
             return arguments
     return {"INVALID_JSON": written}
+
+
+def logprobs_of(tokenizer: Tokenizer, reply: AsyncReply, start: int = 0) -> list[JsonObject]:
+    """The log-probabilities that were asked for, of the tokens from `start` on that have text."""
+    tokens, logprobs = reply.tokens[start:], reply.logprobs[start:]
+    if reply.finish is not None and reply.finish.stop_token is not None:
+        tokens, logprobs = tokens[:-1], logprobs[:-1]
+    return [
+        _token(tokenizer, token, each.chosen)
+        | {"top_logprobs": [_token(tokenizer, other, value) for other, value in each.top]}
+        for token, each in zip(tokens, logprobs, strict=True)
+    ]
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> JsonObject:
+    """A token need not be whole characters: its bytes say what its text cannot."""
+    data = tokenizer.token_bytes(token)
+    return {"token": data.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(data)}
 
 
 async def answered_whole(

@@ -36,6 +36,10 @@ class Served:
     """Requests that are at it."""
     used: float = 0.0
     """When the last one ended, monotonic."""
+    keep: float | None = None
+    """Seconds that it stays open after its last use; None: until another needs its memory."""
+    closing: asyncio.TimerHandle | None = None
+    """Set while nothing but `keep` holds it open."""
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -62,12 +66,26 @@ class Registry:
         """The model, open for as long as the context lasts; None: the default. Raises Problem."""
         served = self.find(name)
         served.users += 1
+        self.rest(served)
         try:
             # Who gives up waiting does not stop the loading, which another will want or `close` will find.
             yield served.name, await asyncio.shield(asyncio.ensure_future(self._opened(served)))
         finally:
             served.users -= 1
             served.used = time.monotonic()
+            self.rest(served)
+
+    def rest(self, served: Served) -> None:
+        """Closes the model when its time is over (`Served.keep`), where nobody uses it."""
+        if served.closing is not None:
+            served.closing.cancel()
+            served.closing = None
+        if served.users or served.model is None or served.keep is None:
+            return
+        if served.keep == 0:
+            _close(served)
+        else:
+            served.closing = asyncio.get_running_loop().call_later(served.keep, _close, served)
 
     async def _opened(self, served: Served) -> Model:
         async with served.opening:
@@ -81,6 +99,8 @@ class Registry:
         """Raises Problem where there is none."""
         if name is None or name == "":
             return next(iter(self.models.values()))
+        if name not in self.models:
+            name = name.removesuffix(":latest")  # as clients write who want every name to have a tag
         if name not in self.models:
             error = ModelNotFound(f"there is no model {name!r} here", hint=f"there are {', '.join(self.models)}")
             raise Problem.of(error)
@@ -101,13 +121,18 @@ class Registry:
                     f"into this server's {self._memory} bytes",
                     headers={"Retry-After": "10"},
                 )
-            oldest = min(idle, key=lambda served: served.used)
-            assert oldest.model is not None
-            oldest.model.close()
-            oldest.model = None
+            _close(min(idle, key=lambda served: served.used))
 
     def close(self) -> None:
         for served in self.models.values():
             if served.model is not None:
-                served.model.close()
-                served.model = None
+                _close(served)
+
+
+def _close(served: Served) -> None:
+    assert served.model is not None
+    served.model.close()
+    served.model = None
+    if served.closing is not None:
+        served.closing.cancel()
+        served.closing = None

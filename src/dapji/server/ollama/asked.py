@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
@@ -13,6 +14,16 @@ from dapji.server.wire import Strict
 
 _NEGATIVE_SEEDS = 1 << 64
 """Ollama's seeds are signed; -1 asks for any, -2 is the last but one of ours."""
+
+
+_SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNIT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h|)")
+_DURATION = re.compile(rf"(?P<sign>[+-]?)(?P<size>(?:{_UNIT.pattern})+)", re.ASCII)
+_FOR_EVER = 10 * 365 * 86400.0
+"""Seconds that no server runs."""
+_HOW = (
+    "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "low_vram", "numa"
+)  # fmt: skip
 
 
 class Options(Strict):
@@ -27,12 +38,25 @@ class Options(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     mirostat: Literal[0] | None = None
+    mirostat_eta: float | None = None
+    """Of mirostat, which is off; so mirostat_tau."""
+    mirostat_tau: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     num_predict: int | None = None
     """-1, -2: until the context is full."""
     num_ctx: int | None = None
     """Tokens that the context must have; it may have more."""
+    # How Ollama computes: changes no answer, and nothing here.
+    num_keep: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    num_thread: int | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    low_vram: bool | None = None
+    numa: bool | None = None
 
 
 class CalledFunction(Strict):
@@ -44,6 +68,7 @@ class CalledFunction(Strict):
 class Call(Strict):
     function: CalledFunction
     id: str | None = None
+    index: int | None = None
     type: Literal["function"] = "function"
 
 
@@ -78,8 +103,9 @@ class Asked(Strict):
     options: Options | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
     keep_alive: float | str | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    """Seconds, or a duration as Go writes it; negative: for ever."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
 
 class AskedChat(Asked, kw_only=True):
@@ -100,8 +126,31 @@ class AskedText(Asked, kw_only=True):
     context: None = None
 
 
+def ignored_of(asked: Asked) -> list[str]:
+    """Options that change nothing here."""
+    given = asked.options or Options()
+    return [f"options.{name}" for name in _HOW if getattr(given, name) is not None]
+
+
+def seconds_of(keep_alive: float | str) -> float | None:
+    """None: for ever. Raises Problem."""
+    if isinstance(keep_alive, str):
+        parts = _DURATION.fullmatch(keep_alive)
+        if parts is None:
+            told = (
+                f"keep_alive {keep_alive!r} is no duration: 300, '5m', 0 to close the model at once, -1 to keep it open"
+            )
+            raise Problem("invalid_request", told, "keep_alive")
+        units = _UNIT.findall(parts["size"])
+        size = sum(float(n) * _SECONDS[unit] for n, unit in units)
+        keep_alive = -size if parts["sign"] == "-" else size
+    return keep_alive if 0 <= keep_alive < _FOR_EVER else None
+
+
 def options_of(asked: Asked) -> JsonObject:
     """Options of `Model.complete`."""
+    if asked.top_logprobs and not asked.logprobs:
+        raise Problem("invalid_request", "top_logprobs needs logprobs", "top_logprobs")
     given = asked.options or Options()
     names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "stop")
     options: JsonObject = {name: value for name in names if (value := getattr(given, name)) is not None}
@@ -111,6 +160,8 @@ def options_of(asked: Asked) -> JsonObject:
         options["seed"] = given.seed if given.seed >= 0 else given.seed + _NEGATIVE_SEEDS
     if given.num_predict not in (-1, -2):
         options["max_tokens"] = given.num_predict
+    if asked.logprobs:
+        options["logprobs"] = asked.top_logprobs or 0
     if asked.format:
         options["grammar"] = Grammar.json_object() if asked.format == "json" else Grammar.json_schema(asked.format)
     return options

@@ -23,6 +23,7 @@ from dapji.server.answering import (
     identifier,
     ignored_fields,
     key_of,
+    logprobs_of,
 )
 from dapji.server.ollama import problem_body
 from dapji.server.ollama.asked import (
@@ -30,9 +31,11 @@ from dapji.server.ollama.asked import (
     AskedChat,
     AskedText,
     chat_options,
+    ignored_of,
     messages_of,
     options_of,
     refuse_images,
+    seconds_of,
 )
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
@@ -79,18 +82,24 @@ async def _answer(
 ) -> Response:
     """answers None: nothing is asked, but that the model be open."""
     started = time.perf_counter_ns()
+    headers = ignored_fields(left_out + ignored_of(asked))
+    service: Service = request.app.state.service
+    served = service.registry.find(asked.model)
     if asked.keep_alive is not None:
-        left_out.append("keep_alive")  # models are closed when others need the memory
-    headers = ignored_fields(left_out)
+        served.keep = seconds_of(asked.keep_alive)
     if answers is None:
-        service: Service = request.app.state.service
-        async with service.opened(asked.model) as (name, _):
-            opened = _head(name) | piece("", "", []) | {"done": True, "done_reason": "load"}
-        return json_response(opened, headers=headers)
+        unload = asked.keep_alive is not None and served.keep == 0
+        if unload:
+            service.registry.rest(served)
+        else:
+            async with service.opened(served.name):
+                pass
+        told = _head(served.name) | piece("", "", [])
+        return json_response(told | {"done": True, "done_reason": "unload" if unload else "load"}, headers=headers)
     checked = _with_context(answers, (asked.options and asked.options.num_ctx) or 0)
     if asked.stream:
-        return await answered_in_parts(checked, partial(_streamed, piece, started), line_stream, headers)
-    return await answered_whole(request, checked, partial(_whole, piece, started), headers)
+        return await answered_in_parts(checked, partial(_streamed, asked, piece, started), line_stream, headers)
+    return await answered_whole(request, checked, partial(_whole, asked, piece, started), headers)
 
 
 @asynccontextmanager
@@ -104,17 +113,18 @@ async def _with_context(answers: AbstractAsyncContextManager[Answers], n: int) -
         yield opened
 
 
-async def _whole(piece: Piece, started: int, opened: Answers) -> JsonObject:
+async def _whole(asked: Asked, piece: Piece, started: int, opened: Answers) -> JsonObject:
     loaded = time.perf_counter_ns()
     await opened.end()
     (reply,) = opened.replies
     told = piece(reply.text, reply.reasoning, reply.tool_calls)
-    return _head(opened.name) | told | _end(reply, started, loaded)
+    return _head(opened.name) | told | _logprobs(asked, opened, 0) | _end(reply, started, loaded)
 
 
-async def _streamed(piece: Piece, started: int, opened: Answers) -> AsyncIterator[bytes]:
+async def _streamed(asked: Asked, piece: Piece, started: int, opened: Answers) -> AsyncIterator[bytes]:
     loaded = time.perf_counter_ns()
     (reply,) = opened.replies
+    n_told = 0  # tokens whose log-probabilities have been
     try:
         async for part in reply.events():
             told = None
@@ -125,10 +135,18 @@ async def _streamed(piece: Piece, started: int, opened: Answers) -> AsyncIterato
             elif isinstance(part, Content) and part.text:
                 told = piece(part.text, "", [])
             if told is not None:
-                yield _line(_head(opened.name) | told | {"done": False})
-        yield _line(_head(opened.name) | piece("", "", []) | _end(reply, started, loaded))
+                yield _line(_head(opened.name) | told | _logprobs(asked, opened, n_told) | {"done": False})
+                n_told = len(reply.tokens)
+        last = piece("", "", []) | _logprobs(asked, opened, n_told)
+        yield _line(_head(opened.name) | last | _end(reply, started, loaded))
     except DapjiError as error:
         yield _line(problem_body(Problem.of(error)))
+
+
+def _logprobs(asked: Asked, opened: Answers, start: int) -> JsonObject:
+    """Of the tokens from `start` on."""
+    told = logprobs_of(opened.model.tokenizer, opened.replies[0], start) if asked.logprobs else []
+    return {"logprobs": told} if told else {}
 
 
 def _line(value: JsonObject) -> bytes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+import hashlib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,10 +20,17 @@ from dapji.server.problem import Problem
 from dapji.server.registry import Served
 from dapji.server.service import Service
 from dapji.server.wire import Reads, Strict, json_response, read
+from dapji.weights import store
+
+FOR_EVER = "9999-12-31T23:59:59Z"
+"""When a model is closed that stays open until another needs its memory."""
 
 
 class AskedModel(Strict):
-    model: str
+    model: str | None = None
+    name: str | None = None
+    """The same, as older clients write it."""
+    verbose: Literal[False] | None = None
 
 
 async def tags(request: Request) -> Response:
@@ -29,10 +39,10 @@ async def tags(request: Request) -> Response:
 
 
 async def ps(request: Request) -> Response:
-    """Those that are open; when they are closed depends on who asks for others."""
+    """Those that are open, and when they are closed if nobody uses them until then."""
     service: Service = request.app.state.service
     opened = [
-        _listed(each) | {"context_length": each.model.engine.context}
+        _listed(each) | {"context_length": each.model.engine.context, "expires_at": _expires(each)}
         for each in service.registry.models.values()
         if each.model is not None
     ]
@@ -44,7 +54,7 @@ async def show(request: Request) -> Response:
     """Reads of a model's files what describes it, and no weights."""
     service: Service = request.app.state.service
     asked, _ = await read(request, AskedModel, limit=service.settings.max_body)
-    served = service.registry.find(asked.model)
+    served = service.registry.find(asked.model or asked.name)
     return json_response(await asyncio.to_thread(_shown, served))
 
 
@@ -58,11 +68,13 @@ async def embed(request: Request) -> Response:
 
 def _listed(served: Served) -> JsonObject:
     details = {"format": "safetensors" if served.path.is_dir() else "gguf"}
+    name = served.name if ":" in served.name else f"{served.name}:latest"
     return {
-        "name": served.name,
-        "model": served.name,
+        "name": name,
+        "model": name,
         "modified_at": _modified(served),
         "size": served.size,
+        "digest": _digest(served.path),
         "details": details if served.model is None else _details(served.model.files),
     }
 
@@ -103,6 +115,30 @@ def _details(files: Files) -> JsonObject:
         "parameter_size": f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M",
         "quantization_level": next(iter(files.checkpoint.formats)),
     }
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of what the store knows of the model's files: their own where there is one, else of the list that
+    sha256sum would print. What is not in the store is told by its files' names, sizes and times: to read gigabytes for
+    a list would take seconds."""
+    record = store.record_of(path)
+    if record is not None and len(record.files) == 1:
+        (file,) = record.files.values()
+        return file.sha256
+    if record is not None:
+        lines = [f"{file.sha256}  {name}\n" for name, file in sorted(record.files.items())]
+    else:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        stats = [(file.name, file.stat()) for file in files]
+        lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in stats]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _expires(served: Served) -> str:
+    if served.keep is None:
+        return FOR_EVER
+    left = served.keep if served.closing is None else served.closing.when() - asyncio.get_running_loop().time()
+    return (datetime.now(UTC) + timedelta(seconds=left)).isoformat().replace("+00:00", "Z")
 
 
 def _modified(served: Served) -> str:

@@ -23,13 +23,13 @@ from dapji.server.answering import (
     identifier,
     ignored_fields,
     key_of,
+    logprobs_of,
     template_call,
     template_tool,
 )
 from dapji.server.openai.common import (
     Drawn,
     StreamOptions,
-    logprob_objects,
     problem_body,
     sampling_of,
     usage_of,
@@ -288,7 +288,4 @@ def _logprobs(asked: Asked, opened: Answers, reply: AsyncReply, start: int) -> J
     """Of the tokens from `start` on that have text."""
     if not asked.logprobs:
         return {}
-    tokens, logprobs = reply.tokens[start:], reply.logprobs[start:]
-    if reply.finish is not None and reply.finish.stop_token is not None:
-        tokens, logprobs = tokens[:-1], logprobs[:-1]
-    return {"logprobs": {"content": logprob_objects(opened.model.tokenizer, tokens, logprobs), "refusal": None}}
+    return {"logprobs": {"content": logprobs_of(opened.model.tokenizer, reply, start), "refusal": None}}

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dapji.engine import Logprobs
 from dapji.model import AsyncReply
 from dapji.server.problem import Kind, Problem
 from dapji.server.wire import Strict
-from dapji.tokenizer import Tokenizer
 
 
 class Drawn(Strict):
@@ -72,20 +70,6 @@ def usage_of(replies: Sequence[AsyncReply], *, n: int | None = None) -> dict[str
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached for usage in prompts)},
     }
-
-
-def token_object(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """A token need not be whole characters: its bytes say what its text cannot."""
-    data = tokenizer.token_bytes(token)
-    return {"token": data.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-
-def logprob_objects(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[str, Any]]:
-    return [
-        token_object(tokenizer, token, each.chosen)
-        | {"top_logprobs": [token_object(tokenizer, other, value) for other, value in each.top]}
-        for token, each in zip(tokens, logprobs, strict=True)
-    ]
 
 
 def sampling_of(asked: Drawn) -> dict[str, Any]:
