@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from dapji.chat.formats import Content, Event, Parser, Reasoning, ToolCall
+from dapji.chat.formats import ANY_TOOL, Content, Event, Parser, Reasoning, ToolCall, ToolChoice
 from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
@@ -219,6 +219,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         thinking: bool | str | None = None,
+        tool_choice: ToolChoice = ANY_TOOL,
         **options: Any,
     ) -> Reply:
         """The answer to a conversation of {"role", "content"} messages; options as in `options`.
@@ -226,9 +227,13 @@ class Model:
         tools: what the model may call, each {"type": "function", "function": {"name", "description", "parameters"}}
         with a JSON schema as parameters. variables: what else the template reads. thinking: whether the model reasons
         before it answers, or how much (low, medium, high), where its template lets one choose; None: as it does.
+        tool_choice: which tools it may or must call; arguments are always valid under the tool's schema, unless
+        max_tokens cuts the answer off. A grammar is of the content, after the reasoning and beside calls.
         Raises TemplateError, RequestError, ContextError.
         """
-        prepared = self.prepare_chat(messages, tools=tools, variables=variables, thinking=thinking, **options)
+        prepared = self.prepare_chat(
+            messages, tools=tools, variables=variables, thinking=thinking, tool_choice=tool_choice, **options
+        )
         return Reply(self.engine, prepared)
 
     def complete(self, text: str, **options: Any) -> Reply:
@@ -242,18 +247,15 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         thinking: bool | str | None = None,
+        tool_choice: ToolChoice = ANY_TOOL,
+        grammar: Grammar | None = None,
         **options: Any,
     ) -> Prepared:
         """All of `chat` but its answer: for `AsyncReply`."""
         chosen = {} if thinking is None else self.template.reasoning(thinking, tools=tools)
         rendered = self.template.render(messages, tools=tools, **chosen | dict(variables or {}))
-        parser = self.template.parser(rendered, tools=tools)
-        if options.get("grammar") is not None and parser.begins_in_reasoning:
-            raise RequestError(
-                "a grammar is of the answer from its first token on, and this model begins with reasoning",
-                hint="turn reasoning off (thinking=False), where the model's chat template allows it",
-            )
-        return self._prepare(self.template.encode(rendered), options, parser, continuation=False)
+        parser, answer = self.template.answer(rendered, tools=tools, choice=tool_choice, content=grammar)
+        return self._prepare(self.template.encode(rendered), {**options, "grammar": answer}, parser, continuation=False)
 
     def prepare_completion(self, prompt: str | Sequence[int], **options: Any) -> Prepared:
         """All of `complete` but its answer. prompt: a text, or token ids as they are."""

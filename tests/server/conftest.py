@@ -69,7 +69,7 @@ def agents(start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Run
         write_tiny(folder / "caller.gguf", CALL, template=CALLING, control=["<tool_call>", "</tool_call>"]),
         write_tiny(folder / "thinker.gguf", THOUGHTFUL, template=SWITCHED + "{# </think> #}"),
     ]
-    return start_server(paths=paths)
+    return start_server(paths=paths, context=2048)
 
 
 @pytest.fixture

@@ -247,12 +247,12 @@ def test_reasoning_stands_apart_and_may_be_turned_off(agent: ollama.Client) -> N
         agent.chat("thinker", HELLO, think="high")
 
 
-def test_a_format_needs_an_answer_without_reasoning(agent: ollama.Client) -> None:
+def test_a_format_is_of_what_follows_the_reasoning(agent: ollama.Client) -> None:
     schema: Any = {"enum": ["예", "아니오"]}
-    with pytest.raises(ollama.ResponseError, match=r"begins with reasoning\. Hint: turn reasoning off"):
-        agent.chat("thinker", HELLO, format=schema)
-    answer = agent.chat("thinker", HELLO, format=schema, think=False)
-    assert json.loads(answer.message.content or "") in schema["enum"]
+    for think, thought in ((True, "음, 생각"), (False, None)):
+        answer = agent.chat("thinker", HELLO, format=schema, think=think, options=GREEDY)
+        assert answer.message.thinking == thought
+        assert json.loads(answer.message.content or "") in schema["enum"]
 
 
 def test_answers_have_the_format_that_is_asked_for(client: ollama.Client) -> None:
@@ -285,7 +285,7 @@ def test_answers_have_the_format_that_is_asked_for(client: ollama.Client) -> Non
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role: Invalid enum value"),
         ({"messages": [{"role": "user", "content": "a" * 600}]}, "context (512 tokens)"),
         ({"tools": [WEATHER]}, "no place for tools"),
-        ({"format": {"type": "nonsense"}}, "grammar"),
+        ({"format": {"type": "nonsense"}}, "format: /type must be one or several of array"),
         ({"logprobs": True, "top_logprobs": 101}, "101 likeliest tokens are more than the 100"),
     ],
 )

@@ -103,7 +103,10 @@ def test_logprobs_are_of_every_token_with_text(client: openai.OpenAI) -> None:
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "say the same"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"n": 17}, "n", "n (17) must be from 1 to 16"),
-        ({"tool_choice": "required"}, "tool_choice", "Invalid enum value 'required'"),
+        ({"tool_choice": "required"}, None, "tool_choice asks for a call, and there are no tools to call"),
+        ({"tool_choice": "any"}, "tool_choice", "Invalid enum value 'any'"),
+        ({"reasoning_effort": "minimal"}, "reasoning_effort", "Invalid enum value 'minimal'"),
+        ({"reasoning_effort": "high"}, None, "no efforts of reasoning, so 'high' cannot be asked for"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "Invalid value 'xml'"),
         (
             {
@@ -113,7 +116,8 @@ def test_logprobs_are_of_every_token_with_text(client: openai.OpenAI) -> None:
                 }
             },
             None,
-            'Unimplemented keys: ["unevaluatedItems"]',
+            "response_format.json_schema.schema: answers cannot be held to the keyword 'unevaluatedItems' at "
+            "/unevaluatedItems",
         ),
         ({"logit_bias": {"a": 1}}, "logit_bias", "keys must be token ids"),
         (

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import llguidance
@@ -18,21 +19,28 @@ import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
+from dapji.chat.schema import prepared
 from dapji.errors import RequestError
 from dapji.tokenizer import Tokenizer
+
+_KEPT = 64
+"""Compiled grammars: clients send the same ones with every request."""
 
 
 @dataclass(frozen=True)
 class Grammar:
     """What an answer must be. Checked when it meets a tokenizer."""
 
-    source: str
-    """As llguidance writes grammars."""
+    parts: str
+    """JSON: a list of grammars as llguidance has them, the first the whole, which may name the others."""
 
     @staticmethod
-    def json_schema(schema: Mapping[str, Any]) -> Grammar:
-        """JSON that is valid under a schema (draft 2020-12; what llguidance lacks of it is refused)."""
-        return Grammar(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    def json_schema(schema: Mapping[str, Any] | bool, where: str = "the JSON schema") -> Grammar:
+        """JSON that is valid under a schema (draft 2020-12).
+
+        Raises RequestError, which begins with `where`, for what is no schema, and for a keyword that is not supported.
+        """
+        return Grammar(json.dumps([{"json_schema": prepared(schema, where)}]))
 
     @staticmethod
     def json_object() -> Grammar:
@@ -42,12 +50,19 @@ class Grammar:
     @staticmethod
     def regex(pattern: str) -> Grammar:
         """Text that matches as a whole (Rust's regex syntax)."""
-        return Grammar(llguidance.LLMatcher.grammar_from_regex(pattern))
+        return Grammar.lark(f"start: /{llguidance.regex_to_lark(pattern, '')}/")
 
     @staticmethod
     def lark(text: str) -> Grammar:
         """Lark's notation, with llguidance's extensions."""
-        return Grammar(llguidance.LLMatcher.grammar_from_lark(text))
+        return Grammar(json.dumps([{"lark_grammar": text}]))
+
+    @staticmethod
+    def answer(lark: str, content: Grammar | None) -> Grammar:
+        """A whole answer's grammar, which names that of its content `@content`."""
+        first, *others = json.loads(content.parts) if content is not None else [None]
+        named = [] if first is None else [{**first, "name": "content"}, *others]
+        return Grammar(json.dumps([{"lark_grammar": lark}, *named]))
 
     @staticmethod
     def gbnf(text: str) -> Grammar:
@@ -66,13 +81,17 @@ class Grammars:
         vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
         self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=sorted(tokenizer.stop_ids))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dapji-grammar")
+        self._compiled = lru_cache(maxsize=_KEPT)(self._compile)
 
     def start(self, grammar: Grammar) -> Constraint:
         """For one answer. Raises RequestError where the grammar cannot be compiled; names what it has not."""
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source)
+        return Constraint(self._compiled(grammar).deep_copy(), self._vocab_size, self._threads)
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        matcher = llguidance.LLMatcher(self._tokenizer, json.dumps({"grammars": json.loads(grammar.parts)}))
         if matcher.is_error():
             raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
-        return Constraint(matcher, self._vocab_size, self._threads)
+        return matcher
 
 
 class Constraint:

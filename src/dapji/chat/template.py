@@ -7,13 +7,16 @@ spells a control token. Knows no model and no server: a message is a mapping, th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dapji.chat.formats import AnswerFormat, Parser
+from dapji.chat.formats import ANY_TOOL, AnswerFormat, Parser, ToolChoice
 from dapji.chat.sandbox import TIME_LIMIT, Template
 from dapji.chat.written import Written
 from dapji.errors import TemplateError
 from dapji.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dapji.chat.grammar import Grammar
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 """Roles that may become part of a control token, as in the template text <|{{ message.role }}|>."""
@@ -97,12 +100,20 @@ class ChatTemplate:
             parts.insert(0, self._tokenizer.bos_id)
         return self._tokenizer.encode_parts(parts)
 
-    def parser(
-        self, rendered: str, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None
-    ) -> Parser:
-        """Reads the answer to what `render` gave with these tools and this name.
+    def answer(
+        self,
+        rendered: str,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        choice: ToolChoice = ANY_TOOL,
+        content: Grammar | None = None,
+        name: str | None = None,
+    ) -> tuple[Parser, Grammar | None]:
+        """What reads the answer to what `render` gave with these tools and this name, and what the answer must be.
 
-        Raises TemplateError where there are tools and the template has no place for them.
+        choice: which tools it may call. content: what it must be where it is no call. No grammar: any answer will do.
+        Raises TemplateError where there are tools and the template has no place for them, and RequestError for tools
+        that cannot be chosen, or whose arguments cannot be held to their schemas.
         """
         source = self._sources[self._chosen(name, bool(tools))]
         if tools and "tools" not in source:
@@ -110,24 +121,31 @@ class ChatTemplate:
                 "this model's chat template has no place for tools",
                 hint="describe them in a message, and look for calls in the answer's text",
             )
-        return AnswerFormat.of(source).parser(rendered, tools=tools, control=self._tokenizer.control)
+        format, callable = AnswerFormat.of(source), choice.of(tools or ())
+        control = self._tokenizer.control
+        rules = format.grammar(rendered, tools=callable, choice=choice, content=content is not None, control=control)
+        parser = format.parser(rendered, tools=callable, control=control, written=rules is not None)
+        return parser, None if rules is None else _grammar(rules, content)
 
     def reasoning(
         self, wanted: bool | str, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None
     ) -> dict[str, Any]:
         """Variables that turn reasoning on or off, or ask for an effort, in the template that tools and name choose.
 
+        Where there are no efforts, medium turns it on.
         Raises TemplateError where it does not do what is wanted and cannot be told to.
         """
         chosen = self._chosen(name, bool(tools))
         read = self._template(chosen).variables
         if isinstance(wanted, str):
-            if _EFFORT not in read:
+            if _EFFORT in read:
+                return {_EFFORT: wanted}
+            if wanted != "medium":
                 raise TemplateError(
                     f"this model's chat template has no efforts of reasoning, so {wanted!r} cannot be asked for",
                     hint="turn reasoning on or off, or leave it as it is",
                 )
-            return {_EFFORT: wanted}
+            wanted = True
         if switches := read.intersection(_SWITCHES):
             return dict.fromkeys(switches, wanted)
         reasons = AnswerFormat.of(self._sources[chosen]).reasoning is not None
@@ -159,6 +177,12 @@ class ChatTemplate:
         if name not in self._compiled:
             self._compiled[name] = Template(self._sources[name], seconds=self._seconds)
         return self._compiled[name]
+
+
+def _grammar(rules: str, content: Grammar | None) -> Grammar:
+    from dapji.chat.grammar import Grammar  # takes its time, which an answer without a grammar can do without
+
+    return Grammar.answer(rules, content)
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

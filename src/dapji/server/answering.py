@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dapji.chat.formats import ToolChoice
 from dapji.model import AsyncReply
 from dapji.server.service import Answers
 from dapji.server.wire import Streamed, json_response, while_connected
@@ -49,6 +50,23 @@ def template_tool(name: str, description: str | None, parameters: Mapping[str, A
     if parameters is not None:
         described["parameters"] = parameters
     return {"type": "function", "function": described}
+
+
+def tool_options(
+    tools: Iterable[JsonObject],
+    choice: Literal["auto", "none", "required"],
+    *,
+    names: Iterable[str] | None = None,
+    parallel: bool | None = None,
+) -> JsonObject:
+    """Options of `Model.chat`. tools: as templates read them; names: of those that may be called, None: all."""
+    if choice == "none":
+        return {}
+    chosen = None if names is None else frozenset(names)
+    given: JsonObject = {
+        "tool_choice": ToolChoice(required=choice == "required", names=chosen, parallel=parallel is not False)
+    }
+    return given | ({"tools": described} if (described := list(tools)) else {})
 
 
 def arguments_of(written: str) -> JsonObject:

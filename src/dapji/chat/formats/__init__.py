@@ -7,5 +7,6 @@ neither tokens nor models: control tokens come as spellings.
 from dapji.chat.formats.choose import AnswerFormat
 from dapji.chat.formats.events import Content, Event, Markup, Reasoning, ToolCall
 from dapji.chat.formats.parser import Parser
+from dapji.chat.formats.rules import ANY_TOOL, ToolChoice
 
-__all__ = ["AnswerFormat", "Content", "Event", "Markup", "Parser", "Reasoning", "ToolCall"]
+__all__ = ["ANY_TOOL", "AnswerFormat", "Content", "Event", "Markup", "Parser", "Reasoning", "ToolCall", "ToolChoice"]

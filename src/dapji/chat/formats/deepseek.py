@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dapji.chat.formats.arguments import check_plain_name
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
+from dapji.chat.formats.rules import Form, Rules, Wanted
 from dapji.chat.formats.values import json_members
 
 _SECTION, _SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -17,6 +19,23 @@ _FENCE = "```"
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekCalls(Calls):
     """A section of calls: `function<｜tool▁sep｜>f` and JSON in a code block, or since V3.1 `f<｜tool▁sep｜>{…}`."""
+
+    fenced: bool = False
+    """Models write the first of the two."""
+
+    def forms(self, rules: Rules, wanted: Wanted) -> Sequence[Form]:
+        calls = []
+        for name, schema in wanted.tools.items():
+            check_plain_name(name)
+            arguments = f"{rules.space} {rules.json(schema, f'tool {name!r}')} {rules.space}"
+            if self.fenced:
+                begin = f"{rules.literal('function')} {rules.text(_SEPARATOR)} {rules.literal(name)} {rules.space}"
+                calls.append(f"{begin} {rules.literal(_FENCE + 'json')} {arguments} {rules.literal(_FENCE)}")
+            else:
+                calls.append(f"{rules.literal(name)} {rules.text(_SEPARATOR)} {arguments}")
+        call = f"{rules.text(_CALL)} {rules.one_of(calls)} {rules.text(_CALL_END)} {rules.space}"
+        more = f"({call})*" if wanted.parallel else ""
+        return [Form(opener=_SECTION, rest=f"{rules.space} {call} {more} {rules.text(_SECTION_END)}")]
 
     @property
     def openers(self) -> Sequence[str]:

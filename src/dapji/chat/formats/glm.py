@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dapji.chat.formats.arguments import Argument, arguments_of, check_plain_name, in_order, text_value
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Reader, Steps
+from dapji.chat.formats.rules import Form, Rules, Wanted
 from dapji.chat.formats.values import text_argument
 
 _OPENER, _CLOSER = "<tool_call>", "</tool_call>"
@@ -20,6 +22,20 @@ class GlmCalls(Calls):
 
     The closer must be there: without it nobody knows whether another argument was to come.
     """
+
+    def forms(self, rules: Rules, wanted: Wanted) -> Sequence[Form]:
+        calls = []
+        for name, schema in wanted.tools.items():
+            check_plain_name(name)
+            written = [(self._written(rules, argument), argument.required) for argument in arguments_of(name, schema)]
+            calls.append(f"{rules.literal(name)} {rules.space} {in_order(rules, written)}")
+        return [Form(opener=_OPENER, rest=f"{rules.space} {rules.one_of(calls)} {rules.text(_CLOSER)}")]
+
+    @staticmethod
+    def _written(rules: Rules, argument: Argument) -> str:
+        check_plain_name(argument.name)
+        name = f"{rules.text(_KEY)} {rules.literal(argument.name)} {rules.text(_KEY_END)}"
+        return f"{name} {rules.space} {rules.text(_VALUE)} {text_value(rules, argument, _VALUE_END)} {rules.space}"
 
     @property
     def openers(self) -> Sequence[str]:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dapji.chat.formats.parser import Grammar
+from dapji.chat.formats.arguments import arguments_of, check_plain_name, in_order, string_patterns
+from dapji.chat.formats.parser import WholeAnswers
 from dapji.chat.formats.reader import Malformed, Reader, Steps
-from dapji.chat.formats.values import check_json, json_members
+from dapji.chat.formats.rules import CONTENT, Form, Rules, Wanted
+from dapji.chat.formats.values import check_json, json_members, types_of
 
 _OPEN, _CLOSE, _SEPARATOR = "<|open|>", "<|close|>", "<|sep|>"
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
@@ -24,7 +26,7 @@ def _end(element: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KimiK3(Grammar):
+class KimiK3(WholeAnswers):
     """`<|open|>think<|sep|>…<|close|>think<|sep|>`, likewise `response`, and `tools` with a `call` for each call."""
 
     within: str | None = None
@@ -34,14 +36,59 @@ class KimiK3(Grammar):
     def markers(self) -> Sequence[str]:
         return (_OPEN, _CLOSE, _SEPARATOR)
 
-    @property
-    def begins_in_reasoning(self) -> bool:
-        return self.within == "think"
-
     def after(self, prompt: str) -> KimiK3:
         return replace(
             self, within=next((name for name in ("think", "response") if prompt.endswith(_begin(name))), None)
         )
+
+    def answer(self, rules: Rules, wanted: Wanted) -> str:
+        end = rules.text(_end("message"))
+        message_end = f"({end})?"
+        calls = f"{self._written_calls(rules, wanted)} {message_end}" if wanted.tools else ""
+        response_end = rules.text(_end("response"))
+        if wanted.content:
+            response = f"{CONTENT} {response_end} {message_end}"
+        else:
+            rest = f"({calls} | {message_end})" if calls else message_end
+            response = rules.until(Form(opener=_end("response"), rest=rest))
+        answers = [] if wanted.required else [rules.text(_begin("response")) + f" {response}"]
+        answers += [calls] if calls else []
+        answer = rules.one_of(answers)
+        thought = rules.until(Form(opener=_end("think"), rest=answer))
+        if self.within == "think":
+            return thought
+        if self.within == "response" and not wanted.required:
+            return response
+        if self.within == "response":
+            return f"{response_end} {calls}"
+        return f"({rules.text(_begin('think'))} {thought} | {answer})"
+
+    @staticmethod
+    def _written_calls(rules: Rules, wanted: Wanted) -> str:
+        number = rules.terminal("/[0-9]{1,3}/")
+        calls = []
+        for name, schema in wanted.tools.items():
+            check_plain_name(name)
+            written = []
+            for argument in arguments_of(name, schema):
+                check_plain_name(argument.name)
+                types = types_of(argument.schema, argument.schema)
+                begin = f"{rules.text(_OPEN)} {rules.literal(f'argument key={chr(34)}{argument.name}{chr(34)} type=')}"
+                if types == {"string"} and string_patterns(argument) == [[]]:
+                    value = rules.until(Form(opener=_end("argument"), rest=""))
+                    kinds = ["string"]
+                else:
+                    value = f"{rules.json(argument.schema, argument.where)} {rules.text(_end('argument'))}"
+                    kinds = sorted(types - {"string"} or {"object"})
+                kind = rules.one_of(rules.literal(f'"{kind}"') for kind in kinds)
+                written.append((f"{begin} {kind} {rules.text(_SEPARATOR)} {value}", argument.required))
+            tool = rules.literal(f'call tool="{name}" index="')
+            calls.append(
+                f'{rules.text(_OPEN)} {tool} {number} "\\"" {rules.text(_SEPARATOR)} {in_order(rules, written)} '
+                f"{rules.text(_end('call'))}"
+            )
+        elements = rules.one_of(calls) + ("+" if wanted.parallel else "")
+        return f"{rules.text(_begin('tools'))} {elements} {rules.text(_end('tools'))}"
 
     def steps(self, reader: Reader) -> Steps[None]:
         element = self.within

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dapji.chat.formats.arguments import check_plain_name
 from dapji.chat.formats.json_calls import JsonCalls
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Reader, Steps
+from dapji.chat.formats.rules import Form, Rules, Wanted
 from dapji.chat.formats.values import json_members
 
 _CALLS, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
-_LIST = JsonCalls(opener=_CALLS, closer=None)
+_LIST = JsonCalls(opener=_CALLS, closer=None, listed=True, id_key="id", id_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,23 @@ class MistralCalls(Calls):
 
     The id may be missing.
     """
+
+    listed: bool = True
+    """Models write the first of the two."""
+    id: bool = False
+    """Models write an id."""
+
+    def forms(self, rules: Rules, wanted: Wanted) -> Sequence[Form]:
+        if self.listed:
+            return _LIST.forms(rules, wanted)
+        for name in wanted.tools:
+            check_plain_name(name)
+        id = f"{rules.text(_ID)} {rules.terminal('/[A-Za-z0-9]{9}/')} " if self.id else ""
+        calls = rules.one_of(
+            f"{rules.literal(name)} {id}{rules.text(_ARGUMENTS)} {rules.space} {rules.json(schema, f'tool {name!r}')}"
+            for name, schema in wanted.tools.items()
+        )
+        return [Form(opener=_CALLS, rest=calls)]
 
     @property
     def openers(self) -> Sequence[str]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from dapji.chat.formats.events import Event
 from dapji.chat.formats.reader import Malformed, Marks, Reader, Steps
+from dapji.chat.formats.rules import Form, Rules, Wanted
+
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class Grammar(ABC):
@@ -23,18 +26,30 @@ class Grammar(ABC):
     def steps(self, reader: Reader) -> Steps[None]:
         """Reads its part of an answer, to its own end or to that of the answer. Never raises."""
 
-    @property
-    def begins_in_reasoning(self) -> bool:
-        """Whether the prompt has begun reasoning, which the answer goes on with."""
-        return False
-
     def after(self, prompt: str) -> Grammar:
         """As it is for an answer to this prompt, which may have begun it."""
         return self
 
 
+class WholeAnswers(Grammar):
+    """Of a format that says of every part of an answer what it is."""
+
+    @abstractmethod
+    def answer(self, rules: Rules, wanted: Wanted) -> str:
+        """The expression of an answer. Raises RequestError for what it cannot write."""
+
+
 class Calls(Grammar):
     """Tool calls that begin with a marker, anywhere in the text."""
+
+    def forms(self, rules: Rules, wanted: Wanted) -> Sequence[Form]:
+        """How calls are written, for an answer that must have nothing else. None: this format's cannot be written.
+        Raises RequestError for tools that it cannot write."""
+        return ()
+
+    def written(self) -> Calls:
+        """As it is for an answer that is held to `forms`: what looks like a call in another way is text."""
+        return self
 
     @property
     @abstractmethod
@@ -93,10 +108,8 @@ class Parser:
         control: spellings of the model's control tokens. A marker that is one counts only where it comes as one.
         tools: JSON schemas, as templates get them; formats that write arguments as plain text read types from them.
         """
-        self.begins_in_reasoning = any(grammar.begins_in_reasoning for grammar in grammars)
-        """Whether the answer goes on with reasoning that the prompt has begun."""
         markers = [marker for grammar in grammars for marker in grammar.markers]
-        self._reader = Reader(Marks(markers, control), _schemas(tools))
+        self._reader = Reader(Marks(markers, control), argument_schemas(tools))
         self._run = self._steps(grammars)
 
     def wants(self, spelling: str) -> bool:
@@ -124,12 +137,12 @@ class Parser:
         yield from self._reader.pass_until("content")
 
 
-def _schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def argument_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """By name. A tool is a function's schema, or that under the key `function`."""
     schemas = {}
     for tool in tools:
         function = tool.get("function", tool)
         if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            parameters = function.get("parameters")
+            parameters = function.get("parameters", _NO_PARAMETERS)
             schemas[function["name"]] = parameters if isinstance(parameters, Mapping) else {}
     return schemas

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
 from dapji.chat.formats.events import Content, Event, Markup, Reasoning, ToolCall
+from dapji.chat.schema import resolved, with_definitions
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -18,7 +19,7 @@ Steps = Generator[None, None, T]
 MAX_DEPTH = 64
 """Of brackets in arguments."""
 _SPACE = re.compile(r"\s*")
-_NAME = re.compile(r"[^\s()\[\]{}<>\"'`,;=\ud800-\udfff]*")
+PLAIN_NAME = re.compile(r"[^\s()\[\]{}<>\"'`,;=\ud800-\udfff]*")
 _NOTATIONS = {
     "json": (re.compile(r'[^"\[\]{}]+|["\[\]{}]'), '"', "[{", "]}"),
     "python": (re.compile(r"[^\"'()\[\]{}]+|[\"'()\[\]{}]"), "\"'", "([{", ")]}"),
@@ -100,8 +101,11 @@ class Reader:
 
     def schema(self, tool: str, argument: str) -> Any:
         """JSON schema of an argument; None where it is not known."""
-        properties = self.schemas.get(tool, {}).get("properties")
-        return properties.get(argument) if isinstance(properties, Mapping) else None
+        root = self.schemas.get(tool, {})
+        whole = resolved(root, root)
+        properties = whole.get("properties") if isinstance(whole, Mapping) else None
+        found = properties.get(argument) if isinstance(properties, Mapping) else None
+        return with_definitions(found, root) if isinstance(found, Mapping) else None
 
     # Steps. The texts that they give have control tokens by their spelling.
 
@@ -160,7 +164,7 @@ class Reader:
     def name(self) -> Steps[str]:
         """Over a function's or a parameter's name. Raises Malformed where there is none."""
         while True:
-            match = _NAME.match(self.text, self.at)
+            match = PLAIN_NAME.match(self.text, self.at)
             assert match is not None
             if match.end() == len(self.text):
                 yield from self.more()

@@ -22,10 +22,6 @@ class Thinking(Grammar):
     def markers(self) -> Sequence[str]:
         return (self.opener, self.closer)
 
-    @property
-    def begins_in_reasoning(self) -> bool:
-        return self.opened
-
     def after(self, prompt: str) -> Thinking:
         return replace(self, opened=prompt.rstrip().endswith(self.opener.rstrip()))
 

@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from dapji.chat.formats.reader import Malformed
+from dapji.chat.schema import MAX_DEPTH, resolved
 
 _DECODER = json.JSONDecoder()
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -173,12 +174,12 @@ def text_argument(text: str, schema: Any) -> str:
 
     A string where the schema says so, does not say, or nothing fits. Python's True, False and None are read too.
     """
-    types = _types(schema)
+    types = types_of(schema, schema)
     if types and types != {"string"}:
         for candidate in (text.strip(), text.strip().lower()):
             candidate = "null" if candidate == "none" else candidate
             try:
-                value = json.loads(candidate)
+                value = json.loads(candidate, parse_constant=_refuse)
             except (ValueError, RecursionError):
                 continue
             if any(_fits(value, name) for name in types - {"string"}):
@@ -186,16 +187,27 @@ def text_argument(text: str, schema: Any) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _types(schema: Any) -> set[str]:
-    """Types that a JSON schema allows; empty where it does not say."""
-    if not isinstance(schema, Mapping):
+def _refuse(name: str) -> NoReturn:
+    """NaN and the infinities, which JSON has not."""
+    raise ValueError(name)
+
+
+def types_of(schema: Any, root: Any, depth: int = 0) -> set[str]:
+    """Types that a JSON schema, a part of `root`, allows; empty where it does not say."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, Mapping) or depth == MAX_DEPTH:
         return set()
     named = schema.get("type")
     found = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
     for key in ("anyOf", "oneOf"):
         choices = schema.get(key)
         for choice in choices if isinstance(choices, list) else ():
-            found |= _types(choice)
+            found |= types_of(choice, root, depth + 1)
+    if not found and isinstance(schema.get("allOf"), list):
+        found = next(filter(None, (types_of(each, root, depth + 1) for each in schema["allOf"])), set())
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not found and isinstance(values, list):
+        found = {name for value in values for name in _TYPES if _fits(value, name)}
     return found & _TYPES.keys()
 
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dapji.chat.formats.arguments import Argument, arguments_of, check_plain_name, in_order, string_patterns, text_value
 from dapji.chat.formats.parser import Calls
 from dapji.chat.formats.reader import Malformed, Reader, Steps
-from dapji.chat.formats.values import check_json, json_members, text_argument
+from dapji.chat.formats.rules import Form, Rules, Wanted
+from dapji.chat.formats.values import check_json, json_members, text_argument, types_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,36 @@ class XmlCalls(Calls):
     """What stands after a parameter's name instead, where that says whether the value is a string or JSON."""
     cdata: bool = False
     """A value may stand in <![CDATA[…]]>."""
+
+    def forms(self, rules: Rules, wanted: Wanted) -> Sequence[Form]:
+        before, after, end = self.function
+        functions = []
+        for name, schema in wanted.tools.items():
+            check_plain_name(name)
+            whole = f"{rules.json(schema, f'tool {name!r}')} {rules.space}"
+            written = [(self._written(rules, argument), argument.required) for argument in arguments_of(name, schema)]
+            arguments = f"{rules.space} ({in_order(rules, written)} | {whole})"
+            functions.append(f"{rules.literal(name)} {rules.text(after)} {arguments} {rules.text(end)}")
+        function = rules.one_of(functions)
+        if self.opener is None:
+            return [Form(opener=before, rest=function)]
+        more = f"({rules.space} {rules.text(before)} {function})*" if wanted.parallel else ""
+        closer = f"{rules.space} {rules.text(self.closer or '')}"
+        whole = f"{rules.space} {rules.text(before)} {function} {more} {closer}"
+        return [Form(opener=self.opener, rest=whole), Form(opener=before, rest=function)]
+
+    def _written(self, rules: Rules, argument: Argument) -> str:
+        before, after, end = self.parameter
+        check_plain_name(argument.name)
+        name = f"{rules.text(before)} {rules.literal(argument.name)}"
+        if self.typed is None:
+            value = text_value(rules, argument, end, newlines=True)
+            return f"{name} {rules.text(after)} {value} {rules.space}"
+        as_string, as_json = self.typed
+        if types_of(argument.schema, argument.schema) == {"string"} and string_patterns(argument) == [[]]:
+            return f"{name} {rules.text(as_string)} {rules.until(Form(opener=end, rest=''))} {rules.space}"
+        value = rules.json(argument.schema, argument.where)
+        return f"{name} {rules.text(as_json)} {value} {rules.text(end)} {rules.space}"
 
     @property
     def openers(self) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dapji.chat.grammar import Grammar
-from dapji.server.answering import JsonObject, template_call, template_tool
+from dapji.server.answering import JsonObject, template_call, template_tool, tool_options
 from dapji.server.problem import Problem
 from dapji.server.wire import Strict
 
@@ -61,12 +61,27 @@ class Tool(Strict):
     input_schema: JsonObject
     description: str | None = None
     type: Literal["custom"] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
+    """Changes nothing: a call's input is always valid."""
     cache_control: CacheControl | None = None
 
 
-class AutoChoice(Strict, tag_field="type", tag="auto"):
-    disable_parallel_tool_use: Literal[False] = False
+class Choice(Strict, tag_field="type"):
+    disable_parallel_tool_use: bool = False
+
+
+class AutoChoice(Choice, tag="auto"):
+    pass
+
+
+class AnyChoice(Choice, tag="any"):
+    """Some tool must be used."""
+
+
+class ToolChoice(Choice, tag="tool", kw_only=True):
+    """This one must be used."""
+
+    name: str
 
 
 class NoChoice(Strict, tag_field="type", tag="none"):
@@ -102,7 +117,7 @@ class Counted(Strict):
     model: str | None = None
     system: str | list[Text] | None = None
     tools: list[Tool] | None = None
-    tool_choice: AutoChoice | NoChoice | None = None
+    tool_choice: AutoChoice | AnyChoice | ToolChoice | NoChoice | None = None
     thinking: ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
@@ -122,9 +137,7 @@ class Asked(Counted, kw_only=True):
 
 def prompt_options(asked: Counted) -> JsonObject:
     """Options of `Model.chat` that change the prompt."""
-    options: JsonObject = {}
-    if asked.tools and not isinstance(asked.tool_choice, NoChoice):
-        options["tools"] = [template_tool(tool.name, tool.description, tool.input_schema) for tool in asked.tools]
+    options = _tool_options(asked)
     if isinstance(asked.thinking, ThinkingEnabled | ThinkingDisabled):
         options["thinking"] = isinstance(asked.thinking, ThinkingEnabled)
     return options
@@ -135,8 +148,19 @@ def options_of(asked: Asked) -> JsonObject:
     drawn = {name: getattr(asked, name) for name in ("temperature", "top_p", "top_k")}
     options = {name: value for name, value in drawn.items() if value is not None}
     if asked.output_config is not None and asked.output_config.format is not None:
-        options["grammar"] = Grammar.json_schema(asked.output_config.format.schema)
+        schema = asked.output_config.format.schema
+        options["grammar"] = Grammar.json_schema(schema, "output_config.format.schema")
     return prompt_options(asked) | options | {"max_tokens": asked.max_tokens, "stop": asked.stop_sequences or ()}
+
+
+def _tool_options(asked: Counted) -> JsonObject:
+    tools = [template_tool(tool.name, tool.description, tool.input_schema) for tool in asked.tools or ()]
+    choice = asked.tool_choice or AutoChoice()
+    if isinstance(choice, NoChoice):
+        return {}
+    names = [choice.name] if isinstance(choice, ToolChoice) else None
+    wanted: Literal["auto", "required"] = "auto" if isinstance(choice, AutoChoice) else "required"
+    return tool_options(tools, wanted, names=names, parallel=not choice.disable_parallel_tool_use)
 
 
 def messages_of(asked: Counted) -> list[JsonObject]:

@@ -163,7 +163,8 @@ def options_of(asked: Asked) -> JsonObject:
     if asked.logprobs:
         options["logprobs"] = asked.top_logprobs or 0
     if asked.format:
-        options["grammar"] = Grammar.json_object() if asked.format == "json" else Grammar.json_schema(asked.format)
+        schema = asked.format
+        options["grammar"] = Grammar.json_object() if schema == "json" else Grammar.json_schema(schema, "format")
     return options
 
 

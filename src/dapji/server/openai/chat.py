@@ -26,12 +26,15 @@ from dapji.server.answering import (
     logprobs_of,
     template_call,
     template_tool,
+    tool_options,
 )
 from dapji.server.openai.common import (
     Drawn,
+    Effort,
     StreamOptions,
     problem_body,
     sampling_of,
+    thinking_of,
     usage_of,
 )
 from dapji.server.problem import Problem
@@ -87,6 +90,23 @@ class Tool(Strict):
     type: Literal["function"] = "function"
 
 
+class NamedFunction(Strict):
+    name: str
+
+
+class FunctionChoice(Strict, tag_field="type", tag="function"):
+    function: NamedFunction
+
+
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice]
+
+
+class AllowedChoice(Strict, tag_field="type", tag="allowed_tools"):
+    allowed_tools: AllowedTools
+
+
 class PlainText(Strict, tag_field="type", tag="text"):
     pass
 
@@ -130,8 +150,9 @@ class Asked(Drawn, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | AllowedChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: JsonObject | None = None
     # Who asks and what for: changes no answer.
@@ -187,21 +208,31 @@ def _options(asked: Asked) -> JsonObject:
     options["max_tokens"] = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     if asked.logprobs:
         options["logprobs"] = asked.top_logprobs or 0
-    if asked.tools and asked.tool_choice != "none":
-        options["tools"] = [
-            template_tool(tool.function.name, tool.function.description, tool.function.parameters)
-            for tool in asked.tools
-        ]
+    options |= _tool_options(asked) | thinking_of(asked.reasoning_effort)
     options["variables"] = asked.chat_template_kwargs
     options["grammar"] = _grammar(asked.response_format)
     return options
+
+
+def _tool_options(asked: Asked) -> JsonObject:
+    tools = [
+        template_tool(tool.function.name, tool.function.description, tool.function.parameters)
+        for tool in asked.tools or ()
+    ]
+    choice, parallel = asked.tool_choice, asked.parallel_tool_calls
+    if isinstance(choice, FunctionChoice):
+        return tool_options(tools, "required", names=[choice.function.name], parallel=parallel)
+    if isinstance(choice, AllowedChoice):
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        return tool_options(tools, choice.allowed_tools.mode, names=names, parallel=parallel)
+    return tool_options(tools, choice or "auto", parallel=parallel)
 
 
 def _grammar(wanted: ResponseFormat | None) -> Grammar | None:
     if isinstance(wanted, JsonObjectFormat):
         return Grammar.json_object()
     if isinstance(wanted, JsonSchemaFormat):
-        return Grammar.json_schema(wanted.json_schema.schema)
+        return Grammar.json_schema(wanted.json_schema.schema, "response_format.json_schema.schema")
     if isinstance(wanted, GrammarFormat):
         return {"lark": Grammar.lark, "regex": Grammar.regex, "gbnf": Grammar.gbnf}[wanted.syntax](wanted.grammar)
     return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dapji.model import AsyncReply
+from dapji.server.answering import JsonObject
 from dapji.server.problem import Kind, Problem
 from dapji.server.wire import Strict
 
@@ -30,6 +31,10 @@ class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
+
+Effort = Literal["none", "low", "medium", "high"]
+"""Of reasoning, as far as templates know it. `none` turns it off; where there is no more than a switch, `medium` turns
+it on."""
 
 _NEGATIVE_SEEDS = 1 << 64
 """OpenAI's seeds are signed; -1 is the last of ours."""
@@ -70,6 +75,11 @@ def usage_of(replies: Sequence[AsyncReply], *, n: int | None = None) -> dict[str
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached for usage in prompts)},
     }
+
+
+def thinking_of(effort: Effort | None) -> JsonObject:
+    """The option of `Model.chat`, if there was an effort."""
+    return {} if effort is None else {"thinking": False if effort == "none" else effort}
 
 
 def sampling_of(asked: Drawn) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from dapji.server.answering import (
     ignored_fields,
     key_of,
     template_tool,
+    tool_options,
 )
-from dapji.server.openai.common import Drawn, sampling_of
+from dapji.server.openai.common import Drawn, Effort, sampling_of, thinking_of
 from dapji.server.openai.responses_items import Item, item_id, items_of, messages_of, with_types
 from dapji.server.openai.stored import ResponseStore, Stored
 from dapji.server.problem import Problem
@@ -36,6 +37,15 @@ class Tool(Strict, tag_field="type", tag="function"):
     description: str | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
+
+
+class FunctionChoice(Strict, tag_field="type", tag="function"):
+    name: str
+
+
+class AllowedChoice(Strict, tag_field="type", tag="allowed_tools"):
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice]
 
 
 class PlainFormat(Strict, tag_field="type", tag="text"):
@@ -63,7 +73,7 @@ class StreamOptions(Strict):
 
 
 class ReasoningConfig(Strict):
-    effort: None = None
+    effort: Effort | None = None
     summary: None = None
     generate_summary: None = None
 
@@ -80,8 +90,8 @@ class Asked(Drawn, kw_only=True):
     stream_options: StreamOptions | None = None
     max_output_tokens: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | AllowedChoice | None = None
+    parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["disabled"] | None = None
@@ -176,14 +186,23 @@ async def _before(store: ResponseStore, key: str, name: str | None) -> list[Item
 def _options(asked: Asked) -> JsonObject:
     options = sampling_of(asked)
     options["max_tokens"] = asked.max_output_tokens
-    if asked.tools and asked.tool_choice != "none":
-        options["tools"] = [template_tool(tool.name, tool.description, tool.parameters) for tool in asked.tools]
+    options |= _tool_options(asked) | thinking_of(None if asked.reasoning is None else asked.reasoning.effort)
     wanted = None if asked.text is None else asked.text.format
     if isinstance(wanted, ObjectFormat):
         options["grammar"] = Grammar.json_object()
     elif isinstance(wanted, SchemaFormat):
-        options["grammar"] = Grammar.json_schema(wanted.schema)
+        options["grammar"] = Grammar.json_schema(wanted.schema, "text.format.schema")
     return options
+
+
+def _tool_options(asked: Asked) -> JsonObject:
+    tools = [template_tool(tool.name, tool.description, tool.parameters) for tool in asked.tools or ()]
+    choice, parallel = asked.tool_choice, asked.parallel_tool_calls
+    if isinstance(choice, FunctionChoice):
+        return tool_options(tools, "required", names=[choice.name], parallel=parallel)
+    if isinstance(choice, AllowedChoice):
+        return tool_options(tools, choice.mode, names=[tool.name for tool in choice.tools], parallel=parallel)
+    return tool_options(tools, choice or "auto", parallel=parallel)
 
 
 class _Keep:
@@ -249,16 +268,16 @@ def _body(asked: Asked, name: str, model: Model) -> JsonObject:
         "metadata": asked.metadata or {},
         "model": name,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "previous_response_id": asked.previous_response_id,
         "prompt_cache_key": asked.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": asked.reasoning and asked.reasoning.effort, "summary": None},
         "safety_identifier": asked.safety_identifier,
         "service_tier": "default",
         "store": asked.store is not False,
         "temperature": defaults["temperature"] if asked.temperature is None else asked.temperature,
         "text": msgspec.to_builtins(asked.text or TextConfig()),
-        "tool_choice": asked.tool_choice or "auto",
+        "tool_choice": msgspec.to_builtins(asked.tool_choice or "auto"),
         "tools": [msgspec.to_builtins(tool) for tool in asked.tools or ()],
         "top_logprobs": 0,
         "top_p": defaults["top_p"] if asked.top_p is None else asked.top_p,

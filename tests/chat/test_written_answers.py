@@ -1,0 +1,179 @@
+"""Grammars of whole answers: every format's calls, drawn at random, are read again and valid under their schemas.
+
+What published templates write is accepted (test_answers.py has the other direction).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+import llguidance
+import llguidance.numpy
+import numpy as np
+import pytest
+
+from dapji.chat.formats import AnswerFormat, Content, Event, ToolCall, ToolChoice
+from dapji.chat.formats.parser import WholeAnswers
+from dapji.chat.grammar import Grammar
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string"},
+                    "days": {"type": "integer", "minimum": 1, "maximum": 14},
+                    "unit": {"enum": ["°C", "°F"]},
+                    "where": {"$ref": "#/$defs/place"},
+                    "note": {"type": ["string", "null"], "maxLength": 8},
+                    "code": {"type": "string", "pattern": "^[a-z]{2,4}$"},
+                    "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+                },
+                "required": ["days", "unit"],
+                "additionalProperties": False,
+                "$defs": {
+                    "place": {
+                        "type": "object",
+                        "properties": {"x": {"type": "number"}, "exact": {"type": "boolean"}},
+                        "required": ["x"],
+                        "additionalProperties": False,
+                    }
+                },
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+SCHEMAS = {
+    "weather": TOOLS[0]["function"]["parameters"],
+    "now": {"type": "object", "maxProperties": 0},
+}
+
+
+def markers_of(format: AnswerFormat) -> list[str]:
+    parts = [part for part in (format.reasoning, format.calls) if part is not None]
+    return sorted({marker.strip() for part in parts for marker in part.markers if marker.strip()})
+
+
+FORMATS = {
+    "json": "<tool_call> <think></think>",
+    "json without reasoning": "<tool_call>",
+    "lists": "<TOOLCALL>",
+    "ids": "<|START_ACTION|>",
+    "names as keys": "<|tools_prefix|>",
+    "no closer": "<|tool_call|>",
+    "llama": '{"name": f, "parameters": {}} ipython',
+    "llama lists": "[func_name1(",
+    "llama 4": "<|python_start|>",
+    "pythonic": "<|tool_call_start|>",
+    "qwen 3 coder": "<tool_call><function= <think></think>",
+    "seed": "<seed:tool_call><function=",
+    "minimax": '<minimax:tool_call><invoke name="',
+    "dsml": "｜DSML｜tool_calls",
+    "minicpm": '<function name="<param name="',
+    "glm": "<tool_call><arg_key><think></think>",
+    "deepseek r1": "<｜tool▁calls▁begin｜>```json",
+    "deepseek": "<｜tool▁calls▁begin｜>",
+    "kimi": "<|tool_calls_section_begin|>",
+    "kimi k3": "<|open|><|sep|><|close|>",
+    "mistral": "[TOOL_CALLS]",
+    "mistral without lists": "[TOOL_CALLS][ARGS]",
+    "mistral with ids": "[TOOL_CALLS][ARGS][CALL_ID]",
+    "gpt-oss": "<|channel|><|message|>",
+}
+
+MARKERS = sorted({m for source in FORMATS.values() for m in markers_of(AnswerFormat.of(source))})
+
+
+class Vocabulary:
+    """Bytes, the markers of a format if they are to be control tokens, and an end."""
+
+    def __init__(self, control: Sequence[str]) -> None:
+        self.control = {spelling: 256 + i for i, spelling in enumerate(control)}
+        self.eos_token_id = 256 + len(control)
+        self.bos_token_id = None
+        self.special_token_ids = [*self.control.values(), self.eos_token_id]
+        self.tokens = [*(bytes([byte]) for byte in range(256)), *(s.encode() for s in control), b"<eos>"]
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def draw(vocabulary: Vocabulary, grammar: Grammar, seed: int, limit: int = 1500) -> list[int] | None:
+    """Tokens of a random answer; None where the limit cuts it off. Bytes of words are likelier, so that it ends."""
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
+    matcher = llguidance.LLMatcher(tokenizer, json.dumps({"grammars": json.loads(grammar.parts)}))
+    assert not matcher.is_error(), matcher.get_error()
+    chance = random.Random(seed)
+    weights = np.full(len(vocabulary.tokens), 1.0)
+    weights[128:256] = 0.05
+    weights[256:] = 6.0
+    weights[list(b'"]})>')] = 8.0
+    tokens: list[int] = []
+    for _ in range(limit):
+        if chance.random() < 0.02:  # a marker by its letters, which chance would not spell
+            spelled = list(chance.choice(MARKERS).encode())
+            if matcher.validate_tokens(spelled) == len(spelled):
+                assert matcher.consume_tokens(spelled)
+                tokens += spelled
+        bits = llguidance.numpy.allocate_token_bitmask(1, len(weights))
+        llguidance.numpy.fill_next_token_bitmask(matcher, bits, 0)
+        allowed = np.unpackbits(bits.view(np.uint8), count=len(weights), bitorder="little")
+        assert allowed.any(), (bytes(b"".join(vocabulary.tokens[t] for t in tokens)), matcher.get_error())
+        (token,) = chance.choices(range(len(weights)), weights=(weights * allowed).tolist())
+        if token == vocabulary.eos_token_id:
+            return tokens
+        assert matcher.consume_token(token)
+        tokens.append(token)
+    return None
+
+
+def read(format: AnswerFormat, vocabulary: Vocabulary, tokens: Sequence[int], prompt: str) -> list[Event]:
+    parser = format.parser(prompt, tools=TOOLS, control=vocabulary.control, written=True)
+    spellings = {token: spelling for spelling, token in vocabulary.control.items()}
+    events = []
+    for is_control, group in itertools.groupby(tokens, key=lambda token: token in spellings):
+        run = list(group)
+        if is_control:
+            events += [event for token in run for event in parser.feed(spellings[token], control=True)]
+        else:
+            events += parser.feed(bytes(run).decode())
+    return events + parser.finish()
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["letters", "control tokens"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_are_read_again_and_valid(name: str, control: bool) -> None:
+    format = AnswerFormat.of(FORMATS[name])
+    if isinstance(format.reasoning, WholeAnswers) and not control:
+        return  # every model with such a format has its markers as control tokens
+    vocabulary = Vocabulary(markers_of(format) if control else [])
+    n_calls = 0
+    for required, parallel in itertools.product((True, False), (True, False)):
+        choice = ToolChoice(required=required, parallel=parallel)
+        rules = format.grammar(tools=TOOLS, choice=choice, control=vocabulary.control)
+        assert rules is not None
+        for seed in range(6):
+            tokens = draw(vocabulary, Grammar.answer(rules, None), seed)
+            if tokens is None:
+                continue
+            events = read(format, vocabulary, tokens, "")
+            told = "".join(event.text for event in events), events
+            calls = [event for event in events if isinstance(event, ToolCall)]
+            n_calls += len(calls)
+            for call in calls:
+                jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+            assert not any(isinstance(event, Content) and event.malformed for event in events), told
+            assert len(calls) <= 1 or parallel, told
+            if required:
+                assert calls, told
+                assert not any(isinstance(event, Content) and event.text.strip() for event in events), told
+    assert n_calls >= 4
