@@ -181,7 +181,7 @@ def test_lines_of_json(serve: Serve) -> None:
     httpx.get(f"{served.url}/v1/models", headers={"Host": "evil.example"})
     served.process.send_signal(signal.SIGTERM)
     assert served.ended() == 0
-    told = [json.loads(line) for line in served.lines[2:]]
+    told = [json.loads(line) for line in served.lines[3:]]
     assert [(each["route"], each["status"], each["model"]) for each in told] == [
         ("/v1/chat/completions", 200, "answer"),
         ("/v1/models", 403, None),

@@ -122,7 +122,16 @@ def command(
         if tls_self_signed:
             from dapji.server.authority import Authority
     except ModuleNotFoundError as error:
-        if error.name not in ("uvicorn", "starlette", "prometheus_client", "python_multipart", "cryptography"):
+        needed = (
+            "uvicorn",
+            "starlette",
+            "prometheus_client",
+            "python_multipart",
+            "cryptography",
+            "markdown_it",
+            "pygments",
+        )
+        if error.name not in needed:
             raise
         raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
     from dapji.model import load
@@ -179,7 +188,9 @@ def command(
             err=True,
         )
     address = f"[{host}]" if ":" in host else host
-    click.echo(f"listening on {'https' if tls else 'http'}://{address}:{listening.getsockname()[1]}", err=True)
+    url = f"{'https' if tls else 'http'}://{address}:{listening.getsockname()[1]}"
+    click.echo(f"to chat, open {url}/ in a browser", err=True)
+    click.echo(f"listening on {url}", err=True)
     Listener(create_app(registry, settings, keys=known), tls=tls, renew=renew).run([listening])
 
 

@@ -30,6 +30,8 @@ from dapji.server.ollama import models as ollama_models
 from dapji.server.openai import batches as openai_batches
 from dapji.server.openai import chat, completions, files, models, responses, tokens
 from dapji.server.openai.stored import ResponseStore
+from dapji.server.page import routes as page
+from dapji.server.page.conversations import ConversationStore
 from dapji.server.problem import Kind, Problem
 from dapji.server.protocols import problem_response, speaks_anthropic
 from dapji.server.registry import Registry
@@ -44,6 +46,7 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     """Owns the registry: its models are closed when the application ends. keys: None: nobody is asked for one."""
     service = Service(registry, settings, keys)
     kept = ResponseStore(settings.folder)
+    conversations = ConversationStore(settings.folder)
     batches = BatchStore(settings.folder)
     handlers = {Problem: _problem, DapjiError: _error, HTTPException: _http, Exception: _failure}
     routes = _routes()
@@ -59,6 +62,7 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
         await asyncio.gather(running, return_exceptions=True)
         registry.close()
         kept.close()
+        conversations.close()
         batches.close()
 
     app = Starlette(
@@ -81,6 +85,8 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     app.state.responses = kept
     app.state.batches = batches
     app.state.runner = runner
+    app.state.conversations = conversations
+    app.state.writing = set()  # answers of the page that are under way
     inside.state = app.state
     return app
 
@@ -119,6 +125,7 @@ def _routes() -> list[Route]:
         Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        *page.table(),
     ]
 
 

@@ -47,7 +47,12 @@ class Database:
 
         def locked() -> None:
             with self._lock, self._explained():
-                self._opened().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                (busy, *_) = self._opened().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise UnavailableError(
+                    f"{self.path}: it is deleted, but another process reads the file, so the log still holds it",
+                    hint="the next deletion empties the log",
+                )
 
         await asyncio.to_thread(locked)
         return result
@@ -82,7 +87,13 @@ class Database:
                     raise UnavailableError(
                         f"{self.path}: written by a newer version (layout {version}, here {self._version})"
                     )
-                for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+                for pragma in (
+                    "journal_mode = WAL",
+                    "synchronous = FULL",
+                    "secure_delete = ON",
+                    "temp_store = MEMORY",  # no texts in files of their own
+                    "foreign_keys = ON",
+                ):
                     db.execute(f"PRAGMA {pragma}")
                 db.executescript(self._layout)
             except BaseException:

@@ -11,8 +11,10 @@ from dapji.server.problem import Problem
 from dapji.server.protocols import problem_response
 from dapji.server.settings import Settings
 
-OPEN_PATHS = ("/health",)
-"""Answered to anybody who may address the server."""
+OPEN_PATHS = ("/health", "/")
+"""Answered to anybody who may address the server: the page asks its reader for a key."""
+OPEN_FOLDER = "/static/"
+"""As these paths, all in it."""
 
 
 class Guard:
@@ -58,7 +60,7 @@ class Guard:
                 f"pages of {origin} may not ask this server. Hint: dapji serve --allow-origin URL",
                 code="origin",
             )
-        if self._keys is None or scope["path"] in OPEN_PATHS or not self._keys.asked:
+        if self._keys is None or _is_open(scope["path"]) or not self._keys.asked:
             return ""
         scheme, _, value = headers.get("authorization", "").partition(" ")
         key = value.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
@@ -67,3 +69,7 @@ class Guard:
             told = "this key is not known here" if key else "this server wants a key: Authorization: Bearer KEY"
             raise Problem("unauthorized", told, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return known
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)

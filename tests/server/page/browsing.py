@@ -1,0 +1,47 @@
+"""What tests of the page do in a browser again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+Opened = Callable[..., "Page"]
+
+
+def ready(page: Page, model: str | None = None) -> None:
+    """Waits for the models, and chooses one."""
+    page.locator("#model option").first.wait_for(state="attached")
+    if model is not None:
+        page.locator("#model").select_option(model)
+
+
+def say(page: Page, text: str) -> None:
+    """Sends a message and waits for its answer."""
+    page.locator("#box").fill(text)
+    page.locator("#box").press("Enter")
+    page.locator(".turn.user", has_text=text).last.wait_for()
+    page.locator("#thread > li:last-child .figures").wait_for()
+
+
+def axe_source() -> str:
+    found = Path(__file__).parents[3] / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+    if not found.exists():
+        pytest.skip("axe-core is not installed: tests/server/page/setup.sh")
+    return found.read_text(encoding="utf-8")
+
+
+def serious_violations(page: Page) -> list[str]:
+    """Of what axe-core calls serious or critical (https://github.com/dequelabs/axe-core)."""
+    page.evaluate(axe_source())
+    found = page.evaluate("axe.run().then((result) => result.violations)")
+    return [
+        f"{each['id']}: {each['nodes'][0]['html']} {each['nodes'][0].get('failureSummary', '')}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
