@@ -136,6 +136,13 @@ class GrammarFormat(Strict, tag_field="type", tag="grammar"):
 ResponseFormat = PlainText | JsonObjectFormat | JsonSchemaFormat | GrammarFormat
 
 
+class Prediction(Strict):
+    """What much of the answer will be."""
+
+    content: str | list[TextPart]
+    type: Literal["content"] = "content"
+
+
 class Asked(Drawn, kw_only=True):
     """What may stand in a request. Types that allow one value only are of fields that would change the answer and that
     we do not have."""
@@ -155,7 +162,8 @@ class Asked(Drawn, kw_only=True):
     reasoning_effort: Effort | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: JsonObject | None = None
-    # Who asks and what for: changes no answer.
+    # Who asks and what for, and how it may be quicker: changes no answer.
+    prediction: Prediction | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
