@@ -133,24 +133,31 @@ void add_experts(Program& program, int input, int logits, int output, const Many
 }
 
 void step(Program& program, const Ints& tokens, const Ints& positions, const Ints& starts, const IntMatrix& blocks,
-          const Ints& rows, const Result& logits) {
+          const Ints& rows, const Result& logits, const std::optional<Ints>& hidden_rows,
+          const std::optional<Result>& hidden) {
   BatchView batch{};
   batch.tokens = tokens.data();
   batch.positions = positions.data();
   batch.starts = starts.data();
   batch.blocks = blocks.data();
   batch.rows = rows.data();
+  batch.hidden_rows = hidden_rows ? hidden_rows->data() : nullptr;
   batch.n_tokens = static_cast<int>(tokens.size());
   batch.n_sequences = static_cast<int>(starts.size()) - 1;
   batch.n_columns = static_cast<int>(blocks.shape(1));
   batch.n_rows = static_cast<int>(rows.size());
+  batch.n_hidden = hidden_rows ? static_cast<int>(hidden_rows->size()) : 0;
+  const bool hidden_fits = hidden ? static_cast<int>(hidden->shape(0)) == batch.n_hidden &&
+                                        static_cast<int>(hidden->shape(1)) == program.hidden_width()
+                                  : batch.n_hidden == 0;
   if (positions.size() != tokens.size() || static_cast<std::int64_t>(blocks.shape(0)) != batch.n_sequences ||
-      logits.shape(0) != rows.size() || static_cast<int>(logits.shape(1)) != program.vocab()) {
+      logits.shape(0) != rows.size() || static_cast<int>(logits.shape(1)) != program.vocab() ||
+      !hidden_fits) {
     throw std::invalid_argument("the arrays of the batch do not fit each other");
   }
-  float* const out = logits.data();
+  float *const out = logits.data(), *const hidden_out = hidden ? hidden->data() : nullptr;
   const nb::gil_scoped_release release;
-  program.step(batch, out);
+  program.step(batch, out, hidden_out);
 }
 
 // y = x W^T by the kernels of one instruction set, on the calling thread, for tests of the kernels alone.
@@ -329,10 +336,16 @@ NB_MODULE(_native, m) {
                                          {copied(norm.first), norm.second});
           },
           "q"_a, "q_rope"_a, "latent"_a, "k_rope"_a, "layer"_a, "n_heads"_a, "rope"_a, "scale"_a, "norm"_a)
+      .def(
+          "add_hidden",
+          [](Program& program, int input, const Floats& weight, float eps) {
+            program.add_hidden(input, Norm{copied(weight), eps});
+          },
+          "input"_a, "weight"_a, "eps"_a)
       .def("add_select", &Program::add_select, "buffers"_a)
       .def("add_softcap", &Program::add_softcap, "cap"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,
-           "logits"_a.noconvert())
+           "logits"_a.noconvert(), "hidden_rows"_a = nb::none(), "hidden"_a.noconvert() = nb::none())
       .def("copy_block", &Program::copy_block, "source"_a, "target"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("describe", &Program::describe)
       .def("profile", &Program::profile, "on"_a)

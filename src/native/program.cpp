@@ -147,11 +147,15 @@ void Program::check(const BatchView& batch) {
     if (batch.tokens[i] < 0 || batch.tokens[i] >= vocab_) refuse(at("tokens", i) + " is outside the vocabulary");
     if (batch.positions[i] < 0 || batch.positions[i] >= context_) refuse(at("positions", i) + " is outside the context");
   }
-  for (int i = 0; i < batch.n_rows; ++i) {
-    if (batch.rows[i] < 0 || batch.rows[i] >= batch.n_tokens || (i > 0 && batch.rows[i] <= batch.rows[i - 1])) {
-      refuse(at("rows", i) + " must rise within the tokens");
+  const auto check_rows = [&](const char* what, const std::int32_t* rows, int n) {
+    for (int i = 0; i < n; ++i) {
+      if (rows[i] < 0 || rows[i] >= batch.n_tokens || (i > 0 && rows[i] <= rows[i - 1])) {
+        refuse(at(what, i) + " must rise within the tokens");
+      }
     }
-  }
+  };
+  check_rows("rows", batch.rows, batch.n_rows);
+  check_rows("hidden_rows", batch.hidden_rows, batch.n_hidden);
   ++n_steps_;
   for (int s = 0; s < batch.n_sequences; ++s) {
     const int first = batch.starts[s], end = batch.starts[s + 1];
@@ -219,13 +223,14 @@ void Program::prepare(const BatchView& batch) {
   partials_.reserve(static_cast<std::size_t>(n_partials_) * partial_floats_);
 }
 
-void Program::step(const BatchView& batch, float* logits) {
+void Program::step(const BatchView& batch, float* logits, float* hidden) {
   if (!pool_->alive()) throw std::runtime_error("the model's threads stayed behind when the process was forked");
   const std::lock_guard<std::mutex> lock(mutex_);
   check(batch);
   prepare(batch);
   batch_ = batch;
   logits_ = logits;
+  hidden_states_ = hidden;
   n_rows_ = batch.n_tokens;
   pool_->run([this](unsigned worker) { run(worker); });
 }

@@ -3,8 +3,8 @@
 // Built once at load by dapji.ops.native, which records the decoder. A step runs on all threads of a pool from the
 // first operation to the last; in it nothing is allocated and nothing throws.
 //
-// Shapes: T new tokens, R rows whose logits are wanted, B sequences, V vocabulary; buffers are [T, width] float32, rows
-// contiguous. From the `select` operation on, they have R rows.
+// Shapes: T new tokens, R rows whose logits are wanted, N rows whose hidden states are, B sequences, V vocabulary, D
+// dim; buffers are [T, width] float32, rows contiguous. From the `select` operation on, they have R rows.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,8 @@ struct BatchView {
   const std::int32_t* starts;     // [B + 1]
   const std::int32_t* blocks;     // [B, n_columns]
   const std::int32_t* rows;       // [R]
-  int n_tokens, n_sequences, n_columns, n_rows;
+  const std::int32_t* hidden_rows;  // [N]
+  int n_tokens, n_sequences, n_columns, n_rows, n_hidden;
 };
 
 // Floats, 64-byte aligned, that grow without keeping their contents.
@@ -121,6 +122,9 @@ class Program {
   void add_latent_attention(int q, int q_rope, int latent, int k_rope, int layer, int n_heads, int rope, float scale,
                             Norm norm);
 
+  // hidden [N, D] = norm(input) of the batch's hidden rows; once, before `select`.
+  void add_hidden(int input, Norm norm);
+
   // Keeps of these buffers the batch's rows; what follows has R rows, and nothing else may be read any more.
   void add_select(std::vector<int> buffers);
 
@@ -129,10 +133,10 @@ class Program {
 
   // ---- running ----
 
-  // logits [R, V]. Throws std::invalid_argument for a batch that does not fit, before anything is computed;
+  // logits [R, V], hidden [N, D]. Throws std::invalid_argument for a batch that does not fit, before anything is computed;
   // std::bad_alloc where a larger batch than ever before finds no memory; std::runtime_error in a process that was
   // forked since. One step at a time; others wait.
-  void step(const BatchView& batch, float* logits);
+  void step(const BatchView& batch, float* logits, float* hidden);
 
   // Both in range, otherwise std::invalid_argument.
   void copy_block(int source, int target);
@@ -148,6 +152,7 @@ class Program {
   std::size_t cache_bytes() const { return cache_.bytes(); }
   int context() const { return context_; }
   int vocab() const { return vocab_; }
+  int hidden_width() const { return hidden_width_; }  // D, 0 where no hidden states are computed
 
  private:
   struct Embed {
@@ -196,13 +201,17 @@ class Program {
     // Whether the inputs lie side by side as floats before they are multiplied.
     bool gathers() const { return floating || routing.weighs_input; }
   };
+  struct Hidden {
+    int input;
+    Norm norm;
+  };
   struct Select {
     std::vector<int> buffers;
   };
   struct Softcap {
     float cap;
   };
-  using Operation = std::variant<Embed, Normed, Linear, Attend, HeadLinear, Experts, Select, Softcap>;
+  using Operation = std::variant<Embed, Normed, Linear, Attend, HeadLinear, Experts, Hidden, Select, Softcap>;
 
   struct RopeTable {
     std::vector<float> cos, sin;
@@ -245,6 +254,7 @@ class Program {
   void run_few(const Experts& op, unsigned worker);
   void run_many(const Experts& op, std::size_t index, unsigned worker);
   void run(const HeadLinear& op, std::size_t index, unsigned worker);
+  void run(const Hidden& op, std::size_t index, unsigned worker);
   void run(const Select& op, std::size_t index, unsigned worker);
   void run(const Softcap& op, std::size_t index, unsigned worker);
   // The next of n items of a phase (0, 1) of the operation at `index`: a worker's own share of them first, then what the
@@ -279,6 +289,7 @@ class Program {
   std::string line(const Attend& op) const;
   std::string line(const Experts& op) const;
   std::string line(const HeadLinear& op) const;
+  std::string line(const Hidden& op) const;
   std::string line(const Select& op) const;
   std::string line(const Softcap& op) const;
   static std::string name(const PanelsView& view);
@@ -292,6 +303,7 @@ class Program {
   std::vector<Worker> workers_;
   std::int64_t max_cols_ = 0;  // widest quantised input
   std::int64_t max_normed_cols_ = 0;
+  int hidden_width_ = 0;
   std::size_t attention_floats_ = 0;
   std::size_t partial_floats_ = 0;  // of one segment, all heads
   int query_rows_ = kMaxQueryRows;  // rows of a query tile
@@ -301,6 +313,7 @@ class Program {
   std::mutex mutex_;
   BatchView batch_{};
   float* logits_ = nullptr;
+  float* hidden_states_ = nullptr;
   int n_rows_ = 0;       // T, after `select` R; equal on all workers, written between barriers
   bool single_ = false;  // every sequence has one token
   std::vector<TokenRange> tiles_;    // query tiles, at most query_rows_ each

@@ -1,4 +1,4 @@
-// The operations of a program on rows alone: embedding, norms, selection, the logits' cap.
+// The operations of a program on rows alone: embedding, norms, hidden states, selection, the logits' cap.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -48,6 +48,25 @@ void Program::run(const Normed& op, std::size_t, unsigned worker) {
 }
 
 std::string Program::line(const Normed& op) const { return op.added ? "norm (added)" : "norm"; }
+
+// ---- hidden ----
+
+void Program::add_hidden(int input, Norm norm) {
+  check_buffer(input, "hidden");
+  if (hidden_width_) refuse("hidden: twice");
+  if (static_cast<int>(norm.weight.size()) != width(input)) refuse("hidden: the norm does not fit");
+  hidden_width_ = width(input);
+  operations_.emplace_back(Hidden{input, std::move(norm)});
+}
+
+void Program::run(const Hidden& op, std::size_t, unsigned worker) {
+  for (int i = static_cast<int>(worker); i < batch_.n_hidden; i += static_cast<int>(pool_->size())) {
+    float* const out = hidden_states_ + static_cast<std::size_t>(i) * hidden_width_;
+    kernels_.rows.norm(row(op.input, batch_.hidden_rows[i]), op.norm.weight.data(), op.norm.eps, hidden_width_, out);
+  }
+}
+
+std::string Program::line(const Hidden&) const { return "norm of hidden rows"; }
 
 // ---- select ----
 

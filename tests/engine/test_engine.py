@@ -347,7 +347,7 @@ def test_a_failing_stop_callback_ends_its_request_alone(gated: tuple[Engine, Gat
 
 def test_logits_without_a_maximum_are_an_error_of_the_request() -> None:
     class Broken(HashExecutor):
-        def step(self, batch: Any) -> Any:
+        def step(self, batch: Any, hidden: Any = None) -> Any:
             return np.full_like(super().step(batch), np.nan)
 
     with Engine(Broken()) as engine, pytest.raises(FormatError, match="nan"):

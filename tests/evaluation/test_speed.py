@@ -78,9 +78,9 @@ class Recording:
         self.config, self.context, self.n_blocks = executor.config, executor.context, executor.n_blocks
         self.steps: list[tuple[int, int]] = []
 
-    def step(self, batch: Batch) -> Any:
+    def step(self, batch: Batch, hidden: Any = None) -> Any:
         self.steps.append((len(batch.tokens), int(batch.positions[-1])))
-        return self.executor.step(batch)
+        return self.executor.step(batch, hidden)
 
     def copy_block(self, source: int, target: int) -> None:
         self.executor.copy_block(source, target)

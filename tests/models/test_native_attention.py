@@ -131,4 +131,4 @@ def test_the_extras_are_part_of_the_attention() -> None:
         "attention of layer 1, 8 heads over 2 of 32, chunk 300",
         "attention of layer 2, 8 heads over 2 of 32, window 300, chunk 70",
     ]
-    assert len(lines) == 1 + 3 * 5 + 2
+    assert len(lines) == 1 + 3 * 5 + 3

@@ -153,6 +153,7 @@ def test_a_window_does_not_read_blocks_before_it() -> None:
     [
         ({"rows": [5, 4]}, r"rows\[1\] must rise within the tokens"),
         ({"rows": [40]}, r"rows\[0\] must rise"),
+        ({"hidden_rows": [3, 3]}, r"hidden_rows\[1\] must rise within the tokens"),
         ({"starts": [0, 20, 20, 40], "blocks": [[0, 1, 2]] * 3}, "sequence 1 has no tokens"),
         ({"starts": [0, 39]}, "starts do not span the tokens"),
         ({"positions": [*range(39), 40]}, r"positions\[39\] does not follow"),
@@ -173,11 +174,12 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_computed(
 ) -> None:
     """Batches are composed by the engine, so these are our own mistakes: ValueError, never a stray read or write."""
     batch = Batch.single(text(40))
-    arrays = {name: getattr(batch, name) for name in ("tokens", "positions", "starts", "blocks", "rows")}
+    arrays = {name: getattr(batch, name) for name in ("tokens", "positions", "starts", "blocks", "rows", "hidden_rows")}
     arrays |= {name: np.array(value, dtype=np.int32) for name, value in changes.items()}
     logits = np.empty((len(arrays["rows"]), VOCAB), dtype=np.float32)
+    hidden = np.empty((len(arrays["hidden_rows"]), 256), dtype=np.float32)
     with pytest.raises(ValueError, match=message):
-        opened()._program.step(*arrays.values(), logits)
+        opened()._program.step(**arrays, logits=logits, hidden=hidden)
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8"])
@@ -278,5 +280,5 @@ def test_the_program_is_a_few_fused_operations() -> None:
         "norm, linear Q4_1 512x256 Q4_1 512x256 (gated)",
         "linear Q4_1 256x512 (added)",
     ]
-    assert lines[-2:] == ["select rows", "norm, linear Q4_1 80x256"]
-    assert len(lines) == 1 + 2 * 5 + 2
+    assert lines[-3:] == ["norm of hidden rows", "select rows", "norm, linear Q4_1 80x256"]
+    assert len(lines) == 1 + 2 * 5 + 3

@@ -288,6 +288,7 @@ def test_the_program_is_a_few_fused_operations() -> None:
         "linear F32 8x256 Q4_K 256x256 Q4_K 256x256 (gated)",
         "linear Q4_K 256x256 (added)",
         "experts, 2 of 8 for a token: Q4_K 256x256 Q4_K 256x256 (gated) Q4_K 256x256 (added)",
+        "norm of hidden rows",
         "select rows",
         "norm, linear Q4_K 80x256",
         "softcap of the logits",
@@ -302,6 +303,7 @@ def test_the_program_is_a_few_fused_operations() -> None:
         "norm, linear F32 64x256 F32 64x256 (gated)",
         "linear F32 256x64",
         "norm (added)",
+        "norm of hidden rows",
         "select rows",
         "norm, linear F32 80x256",
     ]

@@ -131,7 +131,7 @@ def test_every_weight_format_is_the_reference_of_the_same_arithmetic(format: str
     exact = reference(config, tensors, ids)
     weights = {name: ReferenceWeight.load(tensor) for name, tensor in tensors.items()}
     cache = ReferenceCache(kv_shapes(config), 3, "f32")
-    rounded = decode(config, weights, Absorbed(batch=ids, cache=cache, tables=RopeTables(64), activations="q8"))
+    rounded = decode(config, weights, Absorbed(batch=ids, cache=cache, tables=RopeTables(64), activations="q8")).logits
     got = open_executor("native", config, tensors, context=64, kv="f32").step(ids)
     if FORMATS[format].block == 1:
         np.testing.assert_allclose(got, exact, rtol=0, atol=2e-5 * np.abs(exact).max())

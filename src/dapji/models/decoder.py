@@ -24,14 +24,27 @@ V = TypeVar("V")
 W = TypeVar("W")
 
 
-def decode(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W]) -> V:
-    """Logits [R, V] float32 of the batch's rows. `weights` has the names of `weight_shapes(config)`."""
+@dataclass(frozen=True)
+class Decoded(Generic[V]):
+    """Of the batch's rows, both float32."""
+
+    hidden: V
+    """[N, D]: the final norm's output, of the batch's `hidden_rows`."""
+    logits: V
+    """[R, V]: of its `rows`."""
+
+
+def decode(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W]) -> Decoded[V]:
+    """`weights` has the names of `weight_shapes(config)`."""
     x = ops.embed(weights["embed"], config.embed_scale)  # [T, D]
     for i, layer in enumerate(config.layers):
         x = _Layer(config, layer, i, weights, ops).run(x)
+    hidden = ops.norm(ops.select_hidden(x), weights["norm"], config.norm_eps, config.norm_offset)  # [N, D]
     x = ops.norm(ops.select_rows(x), weights["norm"], config.norm_eps, config.norm_offset)  # [R, D]
     logits = ops.linear(x, weights["embed" if config.tied_head else "head"])
-    return logits if config.logit_softcap is None else ops.softcap(logits, config.logit_softcap)
+    if config.logit_softcap is not None:
+        logits = ops.softcap(logits, config.logit_softcap)
+    return Decoded(hidden, logits)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ class Executor(Protocol):
     n_blocks: int
     """KV blocks of KV_BLOCK tokens."""
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Logits [R, V] of the batch's rows, valid until the next step; the batch's keys and values are cached.
 
+        hidden: [N, D], filled with the final norm's output of the batch's `hidden_rows`; None where there are none.
         Raises ContextError where a position is beyond the context, RequestError where a token is beyond the vocabulary.
         """
         ...
@@ -137,10 +138,13 @@ class ReferenceExecutor:
         self._cache = ReferenceCache(kv_shapes(config), n_blocks, kv)
         self._tables = RopeTables(context)
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         check_batch(batch, self.config, self.context, self.n_blocks)
         ops = ReferenceOps(batch=batch, cache=self._cache, tables=self._tables, activations=self._activations)
-        return decode(self.config, self._weights, ops)
+        decoded = decode(self.config, self._weights, ops)
+        if hidden is not None:
+            hidden[:] = decoded.hidden
+        return decoded.logits
 
     def copy_block(self, source: int, target: int) -> None:
         self._cache.copy_block(source, target)

@@ -46,11 +46,12 @@ class NativeExecutor:
         self.n_blocks = n_blocks
         self._cache = cache
         recorder = Recorder(context)
-        logits = decode(config, tensors, recorder)
+        decoded = decode(config, tensors, recorder)
         try:
             self._program = native.build(
                 recorder,
-                logits,
+                decoded.hidden,
+                decoded.logits,
                 context=context,
                 kv=kv,
                 kv_shapes=kv_shapes(config),
@@ -76,11 +77,12 @@ class NativeExecutor:
         size: int = self._program.cache_bytes
         return size
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         check_batch(batch, self.config, self.context, self.n_blocks)
         logits = np.empty((len(batch.rows), self.config.vocab_size), dtype=np.float32)
         try:
-            self._program.step(batch.tokens, batch.positions, batch.starts, batch.blocks, batch.rows, logits)
+            wanted = () if hidden is None else (batch.hidden_rows, hidden)
+            self._program.step(batch.tokens, batch.positions, batch.starts, batch.blocks, batch.rows, logits, *wanted)
         except MemoryError:
             raise ContextError(
                 f"there is not enough memory for a step of {len(batch.tokens)} tokens", hint="use smaller steps"

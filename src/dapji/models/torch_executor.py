@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dapji.errors import UnavailableError, UsageError
 from dapji.models.config import ModelConfig
-from dapji.models.decoder import decode
+from dapji.models.decoder import Decoded, decode
 from dapji.models.executor import check_batch
 from dapji.models.size import kv_shapes
 from dapji.ops.batch import Batch
@@ -69,18 +69,24 @@ class TorchExecutor:
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     @torch.inference_mode()
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         check_batch(batch, self.config, self.context, self.n_blocks)
         single = len(batch.tokens) == len(batch.starts) - 1 == len(batch.rows)
         with sdpa_kernel(_KERNELS):
-            logits = self._replay(batch) if single and self._device.type == "cuda" else self._decode(self._ops(batch))
+            if single and hidden is None and self._device.type == "cuda":
+                logits = self._replay(batch)
+            else:
+                decoded = self._decode(self._ops(batch))
+                logits = decoded.logits
+                if hidden is not None:
+                    hidden[:] = decoded.hidden.float().cpu().numpy()
         host: NDArray[np.float32] = logits[: len(batch.rows)].float().cpu().numpy()
         return host
 
     def _ops(self, batch: Batch, length: int | None = None) -> CachedTorchOps:
         return CachedTorchOps(batch, self._cache, self._tables, self._device, length=length)
 
-    def _decode(self, ops: CachedTorchOps) -> torch.Tensor:
+    def _decode(self, ops: CachedTorchOps) -> Decoded[torch.Tensor]:
         return decode(self.config, self._weights, ops)
 
     def _replay(self, batch: Batch) -> torch.Tensor:
@@ -103,11 +109,11 @@ class TorchExecutor:
             recorded.ops.take(ops)
             recorded.graph.replay()
             return recorded.logits
-        result = self._decode(ops)  # loads kernels and tables too, which cannot be recorded
+        result = self._decode(ops).logits  # loads kernels and tables too, which cannot be recorded
         with torch.cuda.device(self._device):
             graph, ops = torch.cuda.CUDAGraph(), self._ops(padded, length)
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                logits = self._decode(ops)
+                logits = self._decode(ops).logits
         self._recorded[n, length] = _Recorded(graph, ops, logits)
         return result
 
@@ -129,7 +135,7 @@ def sequence_logits(
 
     weights: by canonical name, as `load_weights` gives them. tables: of a context of at least S, on the same device.
     """
-    logits = decode(config, weights, UncachedTorchOps(tokens, tables))
+    logits = decode(config, weights, UncachedTorchOps(tokens, tables)).logits
     return logits.view(*tokens.shape, config.vocab_size)
 
 

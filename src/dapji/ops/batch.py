@@ -6,7 +6,7 @@ distillation, rollouts) goes through it. Knows nothing of models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ class Batch:
     """[B, n] cache blocks of each sequence in order of position; -1 where there is none yet."""
     rows: NDArray[np.int32]
     """[R] rising indices into the T tokens: those whose logits are wanted. May be empty."""
+    hidden_rows: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    """[N] the same of those whose hidden states are wanted."""
 
     def slots(self, sequence: int) -> NDArray[np.int64]:
         """[S] cache slots (block * KV_BLOCK + offset) of a sequence's tokens, from position 0 to its last new one."""

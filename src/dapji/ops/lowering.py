@@ -28,13 +28,15 @@ class Lowering:
     norm: into every linear that reads it; computed once, where others read it too. add(x, y) of a linear, a norm or
     experts: y is added to x where that lies. gated(linear, linear): the second product multiplies the activation of the
     first where that lies. norm_heads and rope: into attention, which norms and rotates as it reads. Linears that read
-    one value next to each other become one operation.
+    one value next to each other become one operation. select_hidden: into the norm that reads it.
     """
 
-    def __init__(self, nodes: Sequence[Node], output: Node) -> None:
+    def __init__(self, nodes: Sequence[Node], hidden: Node, logits: Node) -> None:
+        """hidden: a norm of selected rows. logits: a linear, or its softcap."""
         self._nodes = nodes
-        self._capped = output.op == "softcap"
-        self._logits = output.inputs[0] if self._capped else output
+        self._hidden = hidden
+        self._capped = logits.op == "softcap"
+        self._logits = logits.inputs[0] if self._capped else logits
         self._users: dict[Node, list[Node]] = {}
         for node in nodes:
             for x in node.inputs:
@@ -56,6 +58,10 @@ class Lowering:
                 pending.append(self._product(node))
             elif node.op == "embed":
                 emit("embed", node.weights[0], node.arguments["scale"], self._take(node))
+            elif node is self._hidden:
+                (x,) = node.inputs[0].inputs
+                emit("hidden", self._buffer_of[x], node)
+                self._read(x)
             elif node.op == "norm":
                 self._norm(node, emit)
             elif node.op == "select_rows":
@@ -80,13 +86,15 @@ class Lowering:
 
     def _is_fused(self, node: Node) -> bool:
         """Whether it is computed by what comes before it or by what reads it."""
+        if node is self._hidden:
+            return False
         if node.op == "norm":
             return all(user.op in ("linear", "latent_attention") for user in self._users[node])
         if node.op == "add":
             return node.inputs[1].op in ("linear", "norm", "experts") and self._is_added(node.inputs[1])
         if node.op == "gated":
             return all(x.op == "linear" for x in node.inputs)
-        return node.op in ("norm_heads", "rope")
+        return node.op in ("norm_heads", "rope", "select_hidden")
 
     def _is_added(self, node: Node) -> bool:
         """Whether its only use is to be added to something."""

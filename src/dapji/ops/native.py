@@ -126,7 +126,8 @@ class PanelCache(Protocol):
 
 def build(
     recorder: Recorder,
-    output: Node,
+    hidden: Node,
+    logits: Node,
     *,
     context: int,
     kv: KvFormat,
@@ -135,21 +136,21 @@ def build(
     threads: int,
     cache: PanelCache | None = None,
 ) -> Any:
-    """The `Program` (src/native/program.h) of what `recorder` recorded, ending in `output`, the logits.
+    """The `Program` (src/native/program.h) of what `recorder` recorded: its two outputs.
 
     Packs every matrix, unless the cache has them; the tensors' memory is not needed afterwards. kv_shapes: of
     each layer.
     """
     native = module()
     operations: list[tuple[Any, ...]] = []
-    lowering = Lowering(recorder.nodes, output)
+    lowering = Lowering(recorder.nodes, hidden, logits)
     lowering.run(lambda *operation: operations.append(operation))
     panels = _panels(recorder.nodes, threads, cache)
     program = native.Program(
         isa=isa(),
         threads=threads,
         context=context,
-        vocab=output.width,
+        vocab=logits.width,
         kv=kv,
         layers=[(shape.n_kv_heads, shape.key_dim, shape.value_dim) for shape in kv_shapes],
         n_blocks=n_blocks,
@@ -171,6 +172,9 @@ def build(
         elif name == "norm":
             source, norm, buffer, added = operands
             program.add_norm(source, _norm_weight(norm), norm.arguments["eps"], buffer, added)
+        elif name == "hidden":
+            source, norm = operands
+            program.add_hidden(source, _norm_weight(norm), norm.arguments["eps"])
         elif name == "linear":
             source, norm, products = operands
             program.add_linear(
@@ -199,8 +203,8 @@ def build(
                 k_norm=_head_norm(k_norm),
             )
         elif name == "experts":
-            source, logits, buffer, node = operands
-            _add_experts(program, source, logits, buffer, node, panels)
+            source, router, buffer, node = operands
+            _add_experts(program, source, router, buffer, node, panels)
         elif name == "softcap":
             program.add_softcap(*operands)
         elif name == "head_linear":

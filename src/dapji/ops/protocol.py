@@ -4,8 +4,8 @@ them (native).
 The batch (tokens, positions, cache blocks, rows) belongs to the implementation, so that the decoder's text is the same
 for one token and for a thousand. Knows nothing of models.
 
-Shapes: T new tokens, R rows whose logits are wanted, D dim, H query heads, K kv heads, Dh head dim, F hidden, E
-experts, V vocabulary.
+Shapes: T new tokens, R rows whose logits are wanted, N rows whose hidden states are, D dim, H query heads, K kv heads,
+Dh head dim, F hidden, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -95,6 +95,10 @@ class Ops(Protocol[V, W]):
 
     def select_rows(self, x: V) -> V:
         """[R, D]: the batch's `rows` of x [T, D]."""
+        ...
+
+    def select_hidden(self, x: V) -> V:
+        """[N, D]: the batch's `hidden_rows` of x [T, D]. Comes before `select_rows`."""
         ...
 
     def softcap(self, x: V, cap: float) -> V:

@@ -105,5 +105,8 @@ class Recorder:
     def select_rows(self, x: Node) -> Node:
         return self._add("select_rows", x, width=x.width)
 
+    def select_hidden(self, x: Node) -> Node:
+        return self._add("select_hidden", x, width=x.width)
+
     def softcap(self, x: Node, cap: float) -> Node:
         return self._add("softcap", x, width=x.width, cap=cap)

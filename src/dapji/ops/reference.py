@@ -202,6 +202,9 @@ class ReferenceOps:
     def select_rows(self, x: Floats) -> Floats:
         return x[self.batch.rows]
 
+    def select_hidden(self, x: Floats) -> Floats:
+        return x[self.batch.hidden_rows]
+
     def softcap(self, x: Floats, cap: float) -> Floats:
         return _softcap(x, cap)
 

@@ -193,6 +193,9 @@ class TorchOps(ABC):
     @abstractmethod
     def select_rows(self, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def select_hidden(self, x: Tensor) -> Tensor: ...
+
     def _tempered(self, q: Tensor, temperature: Temperature | None) -> Tensor:
         if temperature is None:
             return q
@@ -211,6 +214,7 @@ class CachedTorchOps(TorchOps):
         self._recordable = length is not None
         self._cache = cache
         self._rows = _index(batch.rows, device)
+        self._hidden_rows = _index(batch.hidden_rows, device)
         counts = np.diff(batch.starts)
         owners = np.repeat(np.arange(len(counts)), counts)
         self._written = _index(batch.slots_at(owners, batch.positions), device)
@@ -259,6 +263,9 @@ class CachedTorchOps(TorchOps):
 
     def select_rows(self, x: Tensor) -> Tensor:
         return x[self._rows]
+
+    def select_hidden(self, x: Tensor) -> Tensor:
+        return x[self._hidden_rows]
 
     def _indices(self) -> list[Tensor]:
         own = [self._tokens, self._positions, self._rows, self._written]
@@ -352,6 +359,9 @@ class UncachedTorchOps(TorchOps):
 
     def select_rows(self, x: Tensor) -> Tensor:
         return x
+
+    def select_hidden(self, x: Tensor) -> Tensor:
+        return x[:0]
 
 
 def needs_mask(attention: Attention, length: int) -> bool:
