@@ -156,10 +156,10 @@ def test_a_reply_that_is_let_go_ends(tmp_path: Path) -> None:
     with dapji.load(write_tiny(tmp_path / "endless.gguf", SCRIPT, endless=True), executor="reference") as model:
         step = model.executor.step
 
-        def counted(batch: Any) -> Any:
+        def counted(batch: Any, hidden: Any = None) -> Any:
             nonlocal steps
             steps += 1
-            return step(batch)
+            return step(batch, hidden)
 
         model.executor.step = counted
         reply = model.chat(QUESTION, temperature=0)

@@ -46,7 +46,8 @@ def greedy(prompt: list[int], n: int) -> list[int]:
 
 
 class HashExecutor:
-    """Its cache holds token ids and positions, so that a block of another history changes the answer or fails."""
+    """Its cache holds token ids and positions, so that a block of another history changes the answer or fails. Hidden
+    states are what the logits are."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class HashExecutor:
         on_step: Callable[[], None] | None = None,
         logits: Callable[[NDArray[np.int32]], NDArray[np.float32]] = hash_logits,
     ) -> None:
-        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.config = SimpleNamespace(vocab_size=VOCAB, dim=VOCAB)
         self.context = context
         self.n_blocks = n_blocks
         self.batches: list[Batch] = []
@@ -64,7 +65,7 @@ class HashExecutor:
         self._logits = logits
         self._cache = np.full((2, n_blocks * KV_BLOCK), -1, dtype=np.int32)  # tokens, positions
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         self.batches.append(batch)
         if self._on_step is not None:
             self._on_step()
@@ -81,9 +82,12 @@ class HashExecutor:
             self._cache[:, own] = batch.tokens[new], batch.positions[new]
             assert np.array_equal(self._cache[1, slots], np.arange(len(slots))), "a block of another sequence"
             for t in range(new.start, new.stop):
+                history = self._cache[0, slots[: batch.positions[t] + 1]]
                 if row < len(batch.rows) and batch.rows[row] == t:
-                    logits[row] = self._logits(self._cache[0, slots[: batch.positions[t] + 1]])
+                    logits[row] = self._logits(history)
                     row += 1
+                if hidden is not None and t in batch.hidden_rows:
+                    hidden[np.searchsorted(batch.hidden_rows, t)] = self._logits(history)
         assert row == len(batch.rows)
         return logits
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dapji.engine.request import Output, Request, Scores
 from dapji.errors import ContextError, RequestError
+from dapji.models.config import Pooling
 
 Deliver = Callable[[object], None]
 """Passes a result, the exception that ended the job, or None where it was cancelled, to who waits. Any thread; never
@@ -173,25 +174,40 @@ class BaseEngine(ABC):
 
     async def ascore(self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0) -> Scores:
         """`score` for the running asyncio loop. Cancelling it ends the work."""
-        import asyncio  # as in AsyncStream
+        return _scores(await _delivered(lambda deliver: self._score(tokens, start, n_top, deliver)))
 
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[object] = loop.create_future()
+    def embed(self, texts: Sequence[Sequence[int] | NDArray[np.integer]], *, pooling: Pooling) -> NDArray[np.float32]:
+        """[n, D]: what `pooling` makes of the hidden states (the final norm's output) of each text's tokens; the length
+        of the vectors is not made 1. [0, 0] of no texts.
 
-        def tell(item: object) -> None:
-            if not result.done():
-                result.set_result(item)
-
-        def deliver(item: object) -> None:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(tell, item)
-
-        handle = self._score(tokens, start, n_top, deliver)
+        Runs in chunks, many texts and other requests in one step, and never holds the states of a whole text. A prefix
+        is read from the cache where pooling wants the last state alone. Raises like `generate`.
+        """
+        queues: list[SimpleQueue[object]] = [SimpleQueue() for _ in texts]
+        handles: list[Handle] = []
         try:
-            return _scores(await result)
+            for text, queue in zip(texts, queues, strict=True):
+                handles.append(self._embed(text, pooling, queue.put))
+            vectors = [_vector(queue.get()) for queue in queues]
         except BaseException:
-            handle.cancel()
+            for handle in handles:
+                handle.cancel()
             raise
+        return np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32)
+
+    async def aembed(self, tokens: Sequence[int] | NDArray[np.integer], *, pooling: Pooling) -> NDArray[np.float32]:
+        """[D]: `embed` of one text, for the running asyncio loop. Cancelling it ends the work."""
+        return _vector(await _delivered(lambda deliver: self._embed(tokens, pooling, deliver)))
+
+    def check_text(self, tokens: Sequence[int] | NDArray[np.integer]) -> None:
+        """Raises RequestError where a text to embed has no tokens, ContextError where it has too many."""
+        if len(tokens) == 0:
+            raise RequestError("a text to embed must have at least one token, got 0")
+        if len(tokens) > self.context:
+            raise ContextError(
+                f"the text ({len(tokens)} tokens) exceeds the context ({self.context} tokens)",
+                hint="embed it in pieces, or open the model with a longer context",
+            )
 
     @abstractmethod
     def close(self) -> None:
@@ -222,6 +238,10 @@ class BaseEngine(ABC):
             raise RequestError(f"n_top ({n_top}) must be from 0 to the vocabulary's {self._vocab_size}")
         return self._submit_scoring(self._token_ids("tokens", tokens), start, n_top, deliver)
 
+    def _embed(self, tokens: Sequence[int] | NDArray[np.integer], pooling: Pooling, deliver: Deliver) -> Handle:
+        self.check_text(tokens)
+        return self._submit_embedding(self._token_ids("tokens", tokens), pooling, deliver)
+
     @abstractmethod
     def _submit_generation(
         self, request: Request, prompt: NDArray[np.int32], room: int, stop_tokens: frozenset[int], deliver: Deliver
@@ -231,6 +251,10 @@ class BaseEngine(ABC):
     @abstractmethod
     def _submit_scoring(self, tokens: NDArray[np.int32], start: int, n_top: int, deliver: Deliver) -> Handle:
         """Will deliver Scores. Raises ContextError where the text is too long."""
+
+    @abstractmethod
+    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, deliver: Deliver) -> Handle:
+        """Will deliver the vector [D] float32 that `pooling` makes of the text's hidden states."""
 
     def _room(self, n_prompt: int, max_tokens: int | None) -> int:
         """How many tokens the answer may have."""
@@ -265,9 +289,40 @@ class BaseEngine(ABC):
                 raise RequestError(f"{name} must hold token ids from 0 to {self._vocab_size - 1}, got {token}")
 
 
+async def _delivered(submit: Callable[[Deliver], Handle]) -> object:
+    """What a job delivers that delivers once. Cancelling it cancels the job."""
+    import asyncio  # as in AsyncStream
+
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[object] = loop.create_future()
+
+    def tell(item: object) -> None:
+        if not result.done():
+            result.set_result(item)
+
+    def deliver(item: object) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, item)
+
+    handle = submit(deliver)
+    try:
+        return await result
+    except BaseException:
+        handle.cancel()
+        raise
+
+
 def _scores(result: object) -> Scores:
     """What a scoring job delivered; raises what ended it."""
     if isinstance(result, BaseException):
         raise result
     assert isinstance(result, Scores)
+    return result
+
+
+def _vector(result: object) -> NDArray[np.float32]:
+    """What an embedding job delivered; raises what ended it."""
+    if isinstance(result, BaseException):
+        raise result
+    assert isinstance(result, np.ndarray)
     return result

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dapji.engine.base import BaseEngine, Deliver, Handle
-from dapji.engine.generation import Generation, Job, Scoring
+from dapji.engine.generation import Embedding, Generation, Job, Scoring
 from dapji.engine.request import Request
 from dapji.engine.scheduler import Chunk, Scheduler
 from dapji.errors import ContextError, UsageError
+from dapji.models.config import Pooling
 from dapji.ops.batch import KV_BLOCK
 
 if TYPE_CHECKING:
@@ -114,6 +115,9 @@ class Engine(BaseEngine):
             )
         return self._submit(Scoring(tokens, start=start, n_top=n_top, deliver=deliver))
 
+    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, deliver: Deliver) -> Handle:
+        return self._submit(Embedding(tokens, pooling=pooling, deliver=deliver))
+
     def _submit(self, job: Job) -> Handle:
         with self._wake:
             if self._closed:
@@ -165,20 +169,26 @@ class Engine(BaseEngine):
             try:
                 for source, target in copies:
                     self._executor.copy_block(source, target)
-                logits = self._executor.step(batch)
+                n_hidden = len(batch.hidden_rows)
+                hidden = np.empty((n_hidden, self._executor.config.dim), dtype=np.float32) if n_hidden else None
+                logits = self._executor.step(batch, hidden)
             except Exception as error:
                 self._fail([chunk.sequence for chunk in chunks], error)
             else:
-                self._complete(chunks, logits)
+                self._complete(chunks, logits, hidden)
 
-    def _complete(self, chunks: list[Chunk[Job]], logits: NDArray[np.float32]) -> None:
+    def _complete(
+        self, chunks: list[Chunk[Job]], logits: NDArray[np.float32], hidden: NDArray[np.float32] | None
+    ) -> None:
         results: list[tuple[Job, object]] = []
         for chunk in chunks:
             if chunk.rows.start == chunk.rows.stop:
                 continue
             job = chunk.sequence
             try:
-                for item in job.accept(logits[chunk.rows]):
+                rows = hidden if job.wants_hidden else logits
+                assert rows is not None
+                for item in job.accept(rows[chunk.rows]):
                     results.append((job, item))
             except Exception as error:  # its own mistake (`stop`, logits without a maximum): nobody else's affair
                 job.done = True

@@ -1,7 +1,8 @@
-"""What sequences are for: `Generation` draws one token after another, `Scoring` reads log-probabilities off a text.
+"""What sequences are for: `Generation` draws one token after another, `Scoring` reads log-probabilities off a text,
+`Embedding` makes one vector of it.
 
-Both take the rows of logits that the scheduler has asked for on their behalf. Run on the engine's thread only; know
-neither blocks nor other sequences.
+They take the rows of logits, or of hidden states, that the scheduler has asked for on their behalf. Run on the engine's
+thread only; know neither blocks nor other sequences.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dapji.engine.request import Finish, Output, Request, Scores, Timings, Usage
 from dapji.engine.sampling import Sampler, log_probability, logprobs
 from dapji.engine.scheduler import Sequence
 from dapji.engine.speculation import Speculation
+from dapji.errors import FormatError
+from dapji.models.config import Pooling
 
 
 class Job(Sequence):
@@ -29,8 +32,9 @@ class Job(Sequence):
         """Passes a result, or the exception that ended the job, to who waits. Any thread; never blocks or raises."""
         self.done = False
 
-    def accept(self, logits: NDArray[np.float32]) -> Iterator[object]:
-        """Takes logits [r, V] of positions `wanted` …; yields what to deliver. Sets `done` when that was the last."""
+    def accept(self, rows: NDArray[np.float32]) -> Iterator[object]:
+        """Takes logits [r, V], or hidden states [r, D], of positions `wanted` …; yields what to deliver. Sets `done`
+        when that was the last."""
         raise NotImplementedError
 
 
@@ -72,12 +76,12 @@ class Generation(Job):
         # Nothing comes after a stop token: it need not be computed either.
         return next((i for i, token in enumerate(proposed) if token in self._stop_tokens), n_proposed)
 
-    def accept(self, logits: NDArray[np.float32]) -> Iterator[Output]:
+    def accept(self, rows: NDArray[np.float32]) -> Iterator[Output]:
         # A row counts as long as every proposed token before it is the one that was drawn: then it is the row that
         # decoding token by token would have computed, and what is drawn from it, by the same random number, the same.
-        proposed = self.tokens[self.length : self.length + len(logits) - 1].tolist()
+        proposed = self.tokens[self.length : self.length + len(rows) - 1].tolist()
         self._proposed += len(proposed)
-        for row, expected in zip(logits, [*proposed, None], strict=True):
+        for row, expected in zip(rows, [*proposed, None], strict=True):
             token = self._draw(row)
             self._accepted += token == expected
             yield self._output(row, token)
@@ -147,19 +151,43 @@ class Scoring(Job):
         self._chosen = np.empty(len(tokens) - start, dtype=np.float64)
         self._top: list[tuple[tuple[int, float], ...]] = []
 
-    def accept(self, logits: NDArray[np.float32]) -> Iterator[Scores]:
-        first, end = self.wanted, self.wanted + len(logits)
+    def accept(self, rows: NDArray[np.float32]) -> Iterator[Scores]:
+        first, end = self.wanted, self.wanted + len(rows)
         chosen = self._chosen[first - self._first : end - self._first]
         targets = self._targets[first:end]
         if self._n_top:
             # Both from one computation: the likeliest token's value is the same to the last bit in either place.
-            each = [logprobs(row, int(token), self._n_top) for row, token in zip(logits, targets, strict=True)]
+            each = [logprobs(row, int(token), self._n_top) for row, token in zip(rows, targets, strict=True)]
             chosen[:] = [one.chosen for one in each]
             self._top += [one.top for one in each]
         else:
-            chosen[:] = log_probability(logits, targets)
-            self._top += [()] * len(logits)
+            chosen[:] = log_probability(rows, targets)
+            self._top += [()] * len(rows)
         self.wanted = end
         if self.wanted == self.length:
             self.done = True
             yield Scores(chosen=self._chosen, top=self._top)
+
+
+class Embedding(Job):
+    """Delivers, once, the vector [D] float32 that `pooling` makes of the hidden states."""
+
+    wants_hidden = True
+
+    def __init__(self, tokens: NDArray[np.int32], *, pooling: Pooling, deliver: Callable[[object], None]) -> None:
+        first = len(tokens) - 1 if pooling == "last" else 0
+        super().__init__(tokens, length=len(tokens), wanted=first, deliver=deliver)
+        self._n_pooled = len(tokens) - first
+        self._sum: NDArray[np.float64] | None = None
+
+    def accept(self, rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        if self._sum is None:
+            self._sum = np.zeros(rows.shape[1])
+        for row in rows:  # one by one, so that the sum does not depend on where the text was cut
+            self._sum += row
+        self.wanted += len(rows)
+        if self.wanted == self.length:
+            if not np.isfinite(self._sum).all():
+                raise FormatError("the model's hidden states hold inf or nan: its weights are broken")
+            self.done = True
+            yield (self._sum / self._n_pooled).astype(np.float32)

@@ -40,9 +40,12 @@ MAX_ROWS = 128
 class Sequence:
     """Tokens on their way through the model.
 
-    `computed` <= `wanted` < `length`: the cache holds the first `computed` tokens; logits are wanted from position
-    `wanted` on. Once wanted == length there is nothing left to do.
+    `computed` <= `wanted` < `length`: the cache holds the first `computed` tokens; logits, or hidden states, are wanted
+    from position `wanted` on. Once wanted == length there is nothing left to do.
     """
+
+    wants_hidden = False
+    """Hidden states rather than logits."""
 
     def __init__(self, tokens: NDArray[np.int32], *, length: int, wanted: int) -> None:
         """tokens: room for all that the sequence may ever hold, the first `length` filled."""
@@ -69,7 +72,7 @@ class Sequence:
     def admit(self, pool: BlockPool) -> bool:
         """Takes cached blocks and fresh ones for all tokens so far; False, and nothing taken, if they do not suffice.
 
-        What is cached counts only before `wanted`: tokens whose logits are needed must be computed.
+        What is cached counts only before `wanted`: tokens of which something is wanted must be computed.
         """
         found = pool.find(self.tokens[: self.wanted])
         n_fresh = _n_blocks(self.length) - len(found.blocks)
@@ -122,7 +125,7 @@ class Chunk(Generic[S]):
     end: int
     """Its tokens up to here are computed; those from `sequence.length` on are proposed."""
     rows: slice
-    """Its rows of the step's logits: positions `sequence.wanted` to end - 1. May be empty."""
+    """Its rows of the step's logits, or hidden states: positions `sequence.wanted` to end - 1. May be empty."""
 
 
 class Scheduler(Generic[S]):
@@ -175,14 +178,14 @@ class Scheduler(Generic[S]):
         self._grow()
         self._admit()
         chunks: list[Chunk[S]] = []
-        n_rows = 0
+        n_rows = {False: 0, True: 0}  # of logits, of hidden states
         for sequence, end in self._shares():
-            rows = max(0, end - sequence.wanted)
-            chunks.append(Chunk(sequence=sequence, end=end, rows=slice(n_rows, n_rows + rows)))
-            n_rows += rows
+            first = n_rows[sequence.wants_hidden]
+            n_rows[sequence.wants_hidden] = last = first + max(0, end - sequence.wanted)
+            chunks.append(Chunk(sequence=sequence, end=end, rows=slice(first, last)))
         assert chunks, "the oldest sequence always fits"
         copies, self.pool.copies = self.pool.copies, []
-        return copies, chunks, _batch(chunks, n_rows)
+        return copies, chunks, _batch(chunks, n_logits=n_rows[False], n_hidden=n_rows[True])
 
     def _grow(self) -> None:
         """A block for every admitted sequence whose next token has none; the oldest are served first."""
@@ -225,7 +228,9 @@ class Scheduler(Generic[S]):
             left = min(left, max(self._mixed_prompt_tokens, len(prompts)))
         prompts.sort(key=lambda sequence: sequence.remaining)
         for i, sequence in enumerate(prompts):
-            rest = min(sequence.remaining, sequence.wanted + MAX_ROWS - sequence.computed)
+            rest = sequence.remaining
+            if not sequence.wants_hidden:
+                rest = min(rest, sequence.wanted + MAX_ROWS - sequence.computed)
             take = min(rest, left // (len(prompts) - i))
             yield sequence, sequence.computed + take
             left -= take
@@ -240,14 +245,14 @@ class Scheduler(Generic[S]):
         return min(n_proposed, slots)
 
 
-def _batch(chunks: list[Chunk[S]], n_rows: int) -> Batch:
+def _batch(chunks: list[Chunk[S]], *, n_logits: int, n_hidden: int) -> Batch:
     n_tokens = sum(chunk.end - chunk.sequence.computed for chunk in chunks)
     n_blocks = max(_n_blocks(chunk.end) for chunk in chunks)
     tokens = np.empty(n_tokens, dtype=np.int32)
     positions = np.empty(n_tokens, dtype=np.int32)
     starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     blocks = np.full((len(chunks), n_blocks), -1, dtype=np.int32)
-    rows = np.empty(n_rows, dtype=np.int32)
+    rows, hidden_rows = np.empty(n_logits, dtype=np.int32), np.empty(n_hidden, dtype=np.int32)
     at = 0
     for b, chunk in enumerate(chunks):
         sequence = chunk.sequence
@@ -257,7 +262,8 @@ def _batch(chunks: list[Chunk[S]], n_rows: int) -> Batch:
         positions[at:stop] = np.arange(first, end)
         n_used = _n_blocks(end)
         blocks[b, :n_used] = sequence.blocks[:n_used]
-        rows[chunk.rows] = np.arange(stop - (chunk.rows.stop - chunk.rows.start), stop)
+        own = hidden_rows if sequence.wants_hidden else rows
+        own[chunk.rows] = np.arange(stop - (chunk.rows.stop - chunk.rows.start), stop)
         at = stop
         starts[b + 1] = at
-    return Batch(tokens=tokens, positions=positions, starts=starts, blocks=blocks, rows=rows)
+    return Batch(tokens=tokens, positions=positions, starts=starts, blocks=blocks, rows=rows, hidden_rows=hidden_rows)

@@ -16,6 +16,9 @@ from dapji.ops.routing import Routing
 
 Shape = tuple[int, ...]
 
+Pooling = Literal["mean", "last"]
+"""How a text's hidden states become one vector: their mean, or the last one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
