@@ -66,6 +66,8 @@ class Description:
     bos_id: int | None
     eos_id: int | None
     add_bos: bool
+    text_end: tuple[int, ...]
+    """Ids that come after a text which stands alone, and is not to be continued."""
     stop_ids: frozenset[int]
     chat_templates: Mapping[str, str]
     """By name; the usual one is `default`. Empty where the model has none."""

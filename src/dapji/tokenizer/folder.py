@@ -22,6 +22,8 @@ from dapji.errors import TokenizerError
 from dapji.tokenizer import gguf, ranks, sentencepiece
 from dapji.tokenizer.description import Description, end_ids, looks_like_control
 
+_PROBE = (1 << 32) - 1
+"""An id that no vocabulary has."""
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -113,6 +115,7 @@ def _described(path: Path, raw: dict[str, Any], config: dict[str, Any], names: d
         bos_id=bos_id,
         eos_id=eos_id,
         add_bos=_adds_bos(path, config, raw.get("post_processor"), bos_id),
+        text_end=_text_end(path, config, raw.get("post_processor"), eos_id),
         stop_ids=end_ids(control_ids) | ({eos_id} if eos_id is not None else set()),
         chat_templates={},
     )
@@ -135,6 +138,7 @@ def _described_vocabulary(folder: Path, config: dict[str, Any], names: dict[str,
         strips=_strips(control),
         special_tokens=dict(description.special_tokens) | names,
         add_bos=bool(config.get("add_bos_token", description.add_bos)),
+        text_end=(description.eos_id,) if config.get("add_eos_token") and description.eos_id is not None else (),
     )
 
 
@@ -240,9 +244,22 @@ def _adds_bos(path: Path, config: dict[str, Any], post_processor: Any, bos_id: i
     """As tokenizer_config.json says, else whether the post-processor puts the BOS before a text."""
     if bos_id is None or "add_bos_token" in config:
         return bool(config.get("add_bos_token", False))
-    probe = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    return _processed(path, post_processor)[:1] == [bos_id]
+
+
+def _text_end(path: Path, config: dict[str, Any], post_processor: Any, eos_id: int | None) -> tuple[int, ...]:
+    """What the post-processor puts after a text, else the EOS if tokenizer_config.json says so."""
+    ids = _processed(path, post_processor)
+    end = tuple(ids[ids.index(_PROBE) + 1 :])
+    return (eos_id,) if not end and config.get("add_eos_token") and eos_id is not None else end
+
+
+def _processed(path: Path, post_processor: Any) -> list[int]:
+    """What the post-processor makes of a text of the one token _PROBE."""
+    probe = {"type": "BPE", "vocab": {"a": _PROBE}, "merges": []}
     encoder = _from_json(path, {"version": "1.0", "added_tokens": [], "model": probe, "post_processor": post_processor})
-    return encoder.encode("a").ids[:1] == [bos_id]
+    ids: list[int] = encoder.encode("a").ids
+    return ids
 
 
 def _from_json(path: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -135,9 +135,14 @@ def describe(values: Mapping[str, Any]) -> Description:
         bos_id=special.get("bos_token_id"),
         eos_id=special.get("eos_token_id"),
         add_bos=metadata.get("add_bos_token", bool, add_bos),
+        text_end=_text_end(metadata, special.get("eos_token_id")),
         stop_ids=end_ids(control) | {special[key] for key in _END_IDS if key in special},
         chat_templates=_chat_templates(values),
     )
+
+
+def _text_end(metadata: _Metadata, eos_id: int | None) -> tuple[int, ...]:
+    return (eos_id,) if metadata.get("add_eos_token", bool, False) and eos_id is not None else ()
 
 
 def _pre_name(metadata: _Metadata) -> str:

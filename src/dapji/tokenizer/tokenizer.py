@@ -63,6 +63,11 @@ class Tokenizer:
         return self._description.add_bos and self._description.bos_id is not None
 
     @property
+    def text_end(self) -> tuple[int, ...]:
+        """Ids that the model wants after a text which stands alone, as those do that are made for embeddings."""
+        return self._description.text_end
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer."""
         return self._description.stop_ids

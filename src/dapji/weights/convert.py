@@ -27,7 +27,7 @@ from dapji.errors import FormatError, UsageError
 from dapji.models import families
 from dapji.ops.formats import FORMATS, Bytes, Format
 from dapji.ops.tensor import Tensor
-from dapji.weights import vocabulary
+from dapji.weights import embedding, vocabulary
 from dapji.weights.checkpoint import Checkpoint
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import Encoded, Metadata, Value, write_gguf
@@ -130,7 +130,8 @@ def gguf_contents(source: Checkpoint) -> tuple[dict[str, Value | Encoded], Mappi
     if licence := folder_licence(source.path):
         general["general.license"] = licence
     tokenizer = vocabulary.gguf_metadata(source.path, n_tokens=config.vocab_size)
-    return cast("dict[str, Value | Encoded]", architecture | general | tokenizer), named
+    pooling = embedding.gguf_metadata(source, cast(str, architecture["general.architecture"]))
+    return cast("dict[str, Value | Encoded]", architecture | general | tokenizer | pooling), named
 
 
 def write_folder(
@@ -169,10 +170,13 @@ def write_folder(
                 made = vocabulary.huggingface_files(source.metadata)
             token_ids = cast("Mapping[str, object]", made.get("generation_config.json", {}))
             _write_readme(folder, source.metadata)
+            made |= embedding.folder_files(source, dim=cast(int, config_json["hidden_size"]))
         config_json |= {key: value for key, value in token_ids.items() if key in _TOKEN_IDS}
+        config_json |= {key: source.metadata[key] for key in embedding.MATRYOSHKA if key in source.metadata}
         made["config.json"] = {**config_json, "dtype": _DTYPES[dtype]}
         for name, content in made.items():
             text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
     return report
 
@@ -184,9 +188,10 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def _copy_companions(source: Path, target: Path) -> None:
     """What a folder holds beside configuration and weights, but for dapji.json, which tells of these very weights."""
-    names = [path.name for path in source.iterdir()]
+    names = [path.relative_to(source).as_posix() for path in source.rglob("*")]
     for name in {*model_files(names, str(source)), *({"README.md"} & set(names))}:
         if name not in ("config.json", "dapji.json") and not name.endswith((".safetensors", INDEX_NAME)):
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 

@@ -131,8 +131,8 @@ def sha256_file(path: Path, progress: Progress) -> str:
 
 
 def checked_file_name(name: str) -> str:
-    """`name` if it is a plain file name on every platform; else DownloadError."""
-    if not re.fullmatch(r"[A-Za-z0-9_][^/\\:*?\"<>|\x00-\x1f]*", name):
+    """`name` if it is a plain file name on every platform, or a module's; else DownloadError."""
+    if not _MODULE.fullmatch(name) and not re.fullmatch(r"[A-Za-z0-9_][^/\\:*?\"<>|\x00-\x1f]*", name):
         raise DownloadError(f"unsafe file name {name!r}")
     return name
 
@@ -145,9 +145,13 @@ _LAYOUT = re.compile(
     r"|(tokenizer|tiktoken)\.model|tekken\.json|vocab\.json|merges\.txt"
     r"|chat_template\.(jinja|json)"
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*"
+    r"|modules\.json|config_sentence_transformers\.json|sentence_bert_config\.json"
     r"|dapji\.json"
 )
 """What a folder in the Hugging Face layout holds beside its safetensors."""
+
+_MODULE = re.compile(r"\d+_[A-Za-z]+/config\.json")
+"""What sentence-transformers does with hidden states, a folder for each step."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of pickled weights, which are never opened."""
@@ -162,10 +166,15 @@ def gguf_shards(name: str) -> list[str]:
     return [f"{stem}-{i:05}-of-{count}.gguf" for i in range(1, int(count) + 1)]
 
 
+def local_name(name: str) -> str:
+    """Under which a model's file is stored. Raises DownloadError."""
+    return checked_file_name(name if _MODULE.fullmatch(name) else PurePosixPath(name).name)
+
+
 def model_files(names: Iterable[str], where: str, *, separator: str = "/") -> list[str]:
     """Which of a folder's files make the model: config, safetensors, tokenizer, template, licence; or its one GGUF.
 
-    Names are relative to the folder; those in subfolders do not belong to the layout. `where` is for messages,
+    Names are relative to the folder; of those in subfolders only modules belong to the layout. `where` is for messages,
     `separator` what stands between it and the name of one file. Raises UsageError where several GGUF files offer a
     choice, DownloadError where there is nothing that we load.
     """
@@ -173,7 +182,7 @@ def model_files(names: Iterable[str], where: str, *, separator: str = "/") -> li
     root = [n for n in names if PurePosixPath(n).name == n]
     tensors = [n for n in root if n.startswith("model") and n.endswith((".safetensors", ".safetensors.index.json"))]
     if "config.json" in root and any(n.endswith(".safetensors") for n in tensors):
-        return tensors + [n for n in root if _LAYOUT.fullmatch(n)]
+        return tensors + [n for n in names if _LAYOUT.fullmatch(n) or _MODULE.fullmatch(n)]
     ggufs = {gguf_shards(n)[0] for n in names if n.endswith(".gguf")}
     if len(ggufs) > 1:
         raise UsageError(

@@ -63,6 +63,7 @@ def _files_below(folder: Path) -> list[str]:
 
 def _take(path: Path, folder: Path, name: str, progress: Progress) -> DeliveredFile:
     target = folder / name
+    target.parent.mkdir(exist_ok=True)
     target.unlink(missing_ok=True)
     try:
         os.link(path, target, follow_symlinks=True)

@@ -21,8 +21,8 @@ from dapji.weights.sources_base import (
     Delivery,
     Progress,
     Want,
-    checked_file_name,
     gguf_shards,
+    local_name,
     model_files,
     require_space,
 )
@@ -82,18 +82,19 @@ class HubSource:
             raise IntegrityError(f"the hub's file has sha256 {promised[names[0]]}, pinned is {want.sha256}")
 
         sizes = {n: int(offered[n].size or 0) for n in names}
-        paths = {n: folder / checked_file_name(Path(n).name) for n in names}
+        paths = {n: folder / local_name(n) for n in names}
         done = sum(p.stat().st_size for n in names for p in (paths[n], _partial(paths[n])) if p.exists())
         require_space(folder, sum(sizes.values()) - done)
         with progress.bar(f"downloading {self.repository}", sum(sizes.values()), done) as advance:
             for n in names:
                 # The commit, not a branch: a push while we download must not mix two versions.
                 url = hf_hub_url(self.repository, n, revision=info.sha, endpoint=api.endpoint)
+                paths[n].parent.mkdir(exist_ok=True)
                 _download(url, paths[n], sizes[n], advance)
         single = want.file if len(names) == 1 else None
         return Delivery(
             files=tuple(
-                DeliveredFile(name=single or paths[n].name, path=paths[n], promised=promised[n]) for n in names
+                DeliveredFile(name=single or local_name(n), path=paths[n], promised=promised[n]) for n in names
             ),
             licence=_licence(info),
             revision=info.sha,

@@ -303,10 +303,11 @@ def _publish(record: Record, delivery: Delivery) -> None:
             # A model that Dapji made carries its lineage there; the store's part stands beside it.
             about = _read_object(file.path)
         else:
+            (ready / file.name).parent.mkdir(exist_ok=True)
             file.path.replace(ready / file.name)
     about["store"] = msgspec.to_builtins(record)
     (ready / RECORD).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in (*ready.iterdir(), ready):
+    for path in (*ready.rglob("*"), ready):
         _sync(path)
     models = home() / "models"
     models.mkdir(exist_ok=True)

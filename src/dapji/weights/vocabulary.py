@@ -70,8 +70,14 @@ def gguf_metadata(path: Path, *, n_tokens: int) -> dict[str, Any]:
         if spelling in ids:
             keys[key] = ids[spelling]
     keys["add_bos_token"] = description.add_bos
+    stop_ids, eos_id = description.stop_ids, description.eos_id
+    if description.text_end:  # in GGUF that is the EOS, which need not be what ends an answer
+        if len(description.text_end) > 1:
+            raise TokenizerError(f"{path}: GGUF has no form for {len(description.text_end)} tokens at a text's end")
+        (eos_id,) = description.text_end
+        keys |= {"add_eos_token": True, "eos_token_id": eos_id}
     known = end_ids({name: i for name, i in description.control.items() if name not in _ENDS_WITH_KEYS})
-    own = sorted(description.stop_ids - known - {description.eos_id}, key=lambda i: (i == ids.get("<|eom|>"), i))
+    own = sorted(stop_ids - known - {eos_id}, key=lambda i: (i == ids.get("<|eom|>"), i))
     if len(own) > 2:
         raise TokenizerError(f"{path}: GGUF has room for 2 end tokens of unusual names, not for {own}")
     keys |= zip(("eot_token_id", "eom_token_id"), own, strict=False)
@@ -183,14 +189,17 @@ def huggingface_files(metadata: Mapping[str, Any]) -> dict[str, object]:
                 *([strip] if description.space_prefix else []),
             ],
         }
-    if description.add_bos and description.bos_id is not None:
-        bos = pieces[description.bos_id]
-        text: list[object] = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    before = [description.bos_id] if description.add_bos and description.bos_id is not None else []
+    if around := [*before, *description.text_end]:
+        begin, end = (
+            [{"SpecialToken": {"id": pieces[i], "type_id": 0}} for i in ids] for ids in (before, description.text_end)
+        )
+        first: list[object] = [*begin, {"Sequence": {"id": "A", "type_id": 0}}]
         written["post_processor"] = {
             "type": "TemplateProcessing",
-            "single": text,
-            "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {bos: {"id": bos, "ids": [description.bos_id], "tokens": [bos]}},
+            "single": [*first, *end],
+            "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}, *end],
+            "special_tokens": {pieces[i]: {"id": pieces[i], "ids": [i], "tokens": [pieces[i]]} for i in around},
         }
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **description.special_tokens}
     config |= {"add_bos_token": description.add_bos, "clean_up_tokenization_spaces": False}

@@ -1,5 +1,14 @@
 """Families of models: foreign configurations and weight names, both ways. One small module per family."""
 
-from dapji.models.families.translate import FAMILIES, config_from_hf, from_gguf, from_hf, gguf_rules, to_gguf, to_hf
+from dapji.models.families.translate import (
+    FAMILIES,
+    RANK_HEAD,
+    config_from_hf,
+    from_gguf,
+    from_hf,
+    gguf_rules,
+    to_gguf,
+    to_hf,
+)
 
-__all__ = ["FAMILIES", "config_from_hf", "from_gguf", "from_hf", "gguf_rules", "to_gguf", "to_hf"]
+__all__ = ["FAMILIES", "RANK_HEAD", "config_from_hf", "from_gguf", "from_hf", "gguf_rules", "to_gguf", "to_hf"]

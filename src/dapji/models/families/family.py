@@ -38,6 +38,9 @@ HF_IGNORABLE = (
     "unsloth_fixed",
     "_name_or_path",
     "transformers.js_config",
+    # what is made of hidden states: weights/embedding.py reads it
+    "is_matryoshka",
+    "matryoshka_dimensions",
     # training
     "attention_dropout",
     "initializer_range",
@@ -107,6 +110,9 @@ HF_IGNORABLE = (
 GGUF_IGNORABLE = (
     # 0 in files of dense models; those of experts read it
     "expert_used_count",
+    # what is made of hidden states: weights/embedding.py reads it
+    "pooling_type",
+    "classifier.output_labels",
     # how the model was trained
     "rope.scaling.finetuned",
     # a remark of the first converters; the architecture decides

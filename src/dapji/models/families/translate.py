@@ -55,6 +55,11 @@ FAMILIES = (
 )
 """Of those with one GGUF architecture, the first that has the file's mechanisms reads it."""
 
+_HF_DECODER = "model."
+"""What names begin with, unless the decoder was saved for itself, without the class that draws tokens."""
+RANK_HEAD = "cls.output.weight"
+"""Of GGUF: a matrix beside the decoder, which weights/embedding.py reads."""
+
 _HF_RECOMPUTED = ".self_attn.rotary_emb.inv_freq"
 """Tensors that old checkpoints carry and that follow from the configuration."""
 
@@ -72,8 +77,10 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
         for name in tensors
         if not name.endswith(_HF_RECOMPUTED) and not (prefix and name.startswith(_left_out(family)))
     }
-    given = fp8.dequantized(config_json, stored)
     head_name, embed_name = family.hf.name("head"), family.hf.name("embed")
+    if embed_name not in stored and embed_name.removeprefix(_HF_DECODER) in stored:
+        stored = {_HF_DECODER + name: tensor for name, tensor in stored.items()}
+    given = fp8.dequantized(config_json, stored)
     if config.tied_head and (head := given.pop(head_name, None)) is not None:
         embed = given.get(embed_name)
         if embed is not None and not _same(head, embed):
@@ -158,7 +165,7 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
     embed = GGUF.name("embed")
     if embed not in tensors:
         raise ConfigError(f"missing tensor: {embed}")
-    given = {name: tensors[name] for name in tensors}
+    given = {name: tensors[name] for name in tensors if name != RANK_HEAD}
     ropes = {name: given.pop(name) for name in ROPE_TENSORS if name in given}
     fields = Fields(metadata, where="GGUF", prefix=f"{architecture}.")
     family = next(f for f in FAMILIES if f.gguf_architecture == architecture and f.reads_gguf(fields))
