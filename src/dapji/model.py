@@ -5,6 +5,7 @@ This is where token ids meet text. Sits above the engine; knows neither the term
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,11 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dapji.chat.formats import ANY_TOOL, Content, Event, Parser, Reasoning, ToolCall, ToolChoice
 from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError
 from dapji.models import families
-from dapji.models.config import ModelConfig
+from dapji.models.config import ModelConfig, Pooling
 from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
 from dapji.models.size import cached_bytes
 from dapji.ops import native
@@ -27,6 +31,7 @@ from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Detokenizer, Tokenizer
 from dapji.weights import store
 from dapji.weights.checkpoint import Checkpoint, open_checkpoint
+from dapji.weights.embedding import EmbeddingConfig, RankHead, embedding_config, rank_head
 from dapji.weights.panel_cache import PanelCache
 
 if TYPE_CHECKING:
@@ -66,6 +71,15 @@ class Files:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model's weights only {self.config.vocab_size}"
             )
         return tokenizer
+
+    def embedding(self) -> EmbeddingConfig:
+        """How a text becomes one vector. Raises ConfigError where that is not supported."""
+        return embedding_config(self.checkpoint, self.config.dim)
+
+    def rank_head(self) -> RankHead | None:
+        """What makes a score of a query and a document; None where the model was not made for that. Raises
+        ConfigError."""
+        return rank_head(self.checkpoint)
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `Sampling` that the model's makers recommend, else CHAT_SAMPLING. Raises ConfigError."""
@@ -177,6 +191,21 @@ class Model:
 
         return Grammars(self.tokenizer)
 
+    @cached_property
+    def embedding(self) -> EmbeddingConfig:
+        """How a text becomes one vector. Raises RequestError where the model's files want what is not supported."""
+        try:
+            return self.files.embedding()
+        except ConfigError as error:
+            raise RequestError(f"{self.name} gives no embeddings: {error.message}", hint=error.hint) from error
+
+    @cached_property
+    def _rank_head(self) -> RankHead | None:
+        try:
+            return self.files.rank_head()
+        except ConfigError as error:
+            raise RequestError(f"{self.name} cannot rank: {error.message}", hint=error.hint) from error
+
     @property
     def summary(self) -> str:
         """One line: size, bits per weight, context."""
@@ -264,8 +293,72 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text as `complete` reads it: with BOS at its beginning, if the model wants one."""
-        bos = [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
-        return bos + self.tokenizer.encode(text)
+        return self._begin + self.tokenizer.encode(text)
+
+    @property
+    def _begin(self) -> list[int]:
+        return [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, dimensions: int | None = None) -> NDArray[np.float32]:
+        """[n, D]: a vector of length 1 for each text, or for token ids as they are; `embedding` says how it is made.
+
+        dimensions: the vectors' first values alone, where the model was trained for that. Raises RequestError,
+        ContextError (no text is cut), TokenizerError.
+        """
+        prepared = self.prepare_embeddings(texts, dimensions=dimensions)
+        pooled = self.engine.embed(prepared.texts, pooling=prepared.pooling)
+        return prepared.vectors(pooled.reshape(len(texts), self.config.dim))
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+        """How relevant each document is to the query, higher is more; see `Reranking.method`. Raises like `embed`."""
+        prepared = self.prepare_reranking(query, documents)
+        return prepared.scores(self.engine.embed(prepared.texts, pooling=prepared.pooling))
+
+    def prepare_embeddings(
+        self, texts: Sequence[str | Sequence[int]], *, dimensions: int | None = None, truncate: bool = False
+    ) -> Embeddings:
+        """All of `embed` but the computation. truncate: texts that are too long lose their ends."""
+        config = self.embedding
+        if dimensions is not None and dimensions not in config.dimensions and dimensions != self.config.dim:
+            raise RequestError(
+                f"dimensions ({dimensions}) must be the model's {self.config.dim}: its files do not say that it was "
+                "trained for that many",
+                hint="leave it out",
+            )
+        bos, end = self._begin, list(self.tokenizer.text_end)
+        read: list[list[int]] = []
+        for text in texts:
+            room = self.engine.context - len(bos) - len(end) if truncate else None
+            ids = [*bos, *self.tokenizer.encode(text)[:room], *end] if isinstance(text, str) else list(text)
+            self.engine.check_text(ids)
+            read.append(ids)
+        return Embeddings(texts=read, pooling=config.pooling, dimensions=dimensions)
+
+    def prepare_reranking(self, query: str, documents: Sequence[str]) -> Reranking:
+        """All of `rerank` but the computation."""
+        if self._rank_head is None:
+            prepared = self.prepare_embeddings([query, *documents])
+            return Reranking(texts=prepared.texts, pooling=prepared.pooling, head=None)
+        template = self.tokenizer.chat_templates.get("rerank")
+        if template is None:
+            raise RequestError(f"{self.name} cannot rank: it has no template `rerank`, which says what it reads")
+        texts = [self._filled(template, {"{query}": query, "{document}": document}) for document in documents]
+        for text in texts:
+            self.engine.check_text(text)
+        return Reranking(texts=texts, pooling="last", head=self._rank_head)
+
+    def _filled(self, template: str, values: Mapping[str, str]) -> list[int]:
+        """The ids of a template whose places are filled. Control tokens count in the template alone."""
+        parts: list[str | int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, values))})", template):
+            parts += [values[piece]] if piece in values else self.tokenizer.split_control(piece)
+        joined: list[str | int] = []
+        for part in parts:  # texts side by side are one text
+            if isinstance(part, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += part
+            else:
+                joined.append(part)
+        return self.tokenizer.encode_parts(joined)
 
     def _prepare(
         self, prompt: Sequence[int], options: Mapping[str, Any], parser: Parser, *, continuation: bool
@@ -300,6 +393,49 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embeddings:
+    """Texts to embed, and what becomes of what the engine makes of them."""
+
+    texts: Sequence[Sequence[int]]
+    pooling: Pooling
+    dimensions: int | None
+
+    def vectors(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dimensions] of length 1, of pooled [n, D]."""
+        return _unit(pooled[:, : self.dimensions])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reranking:
+    """The same of a query and documents."""
+
+    texts: Sequence[Sequence[int]]
+    pooling: Pooling
+    head: RankHead | None
+
+    @property
+    def method(self) -> Literal["classifier", "cosine"]:
+        """classifier: the probability that the model's own head gives to yes. cosine: of the embeddings, of a model
+        that was not made to rank."""
+        return "cosine" if self.head is None else "classifier"
+
+    def scores(self, pooled: NDArray[np.float32]) -> list[float]:
+        """Of each document. pooled: [n, D] of `texts`."""
+        if self.head is None:
+            query, *documents = _unit(pooled)
+            return [float(document @ query) for document in documents]
+        yes, no = (pooled.astype(np.float64) @ self.head.weight.T).T
+        scores: list[float] = np.exp(-np.logaddexp(0, no - yes)).tolist()
+        return scores
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each of length 1; one of zeros stays what it is."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 class _Piece(NamedTuple):

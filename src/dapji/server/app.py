@@ -26,9 +26,10 @@ from dapji.server.guard import Guard
 from dapji.server.keys import Keys
 from dapji.server.observer import Observer
 from dapji.server.ollama import chat as ollama_chat
+from dapji.server.ollama import embed
 from dapji.server.ollama import models as ollama_models
 from dapji.server.openai import batches as openai_batches
-from dapji.server.openai import chat, completions, files, models, responses, tokens
+from dapji.server.openai import chat, completions, embeddings, files, models, rerank, responses, tokens
 from dapji.server.openai.stored import ResponseStore
 from dapji.server.page import routes as page
 from dapji.server.page.conversations import ConversationStore
@@ -100,6 +101,8 @@ def _routes() -> list[Route]:
         Route("/v1/models/{name:path}", _model),
         Route("/v1/chat/completions", chat.create, methods=["POST"]),
         Route("/v1/completions", completions.create, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        Route("/v1/rerank", rerank.create, methods=["POST"]),
         Route("/v1/files", files.create, methods=["POST"]),
         Route("/v1/files", files.index, methods=["GET"]),
         Route("/v1/files/{id}", files.show, methods=["GET"]),
@@ -121,8 +124,8 @@ def _routes() -> list[Route]:
         Route("/api/ps", ollama_models.ps),
         Route("/api/show", ollama_models.show, methods=["POST"]),
         Route("/api/version", ollama_models.version),
-        Route("/api/embed", ollama_models.embed, methods=["POST"]),
-        Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
+        Route("/api/embed", embed.embed, methods=["POST"]),
+        Route("/api/embeddings", embed.embed_one, methods=["POST"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         *page.table(),

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dapji.chat.formats import Event
 from dapji.engine import Scores
 from dapji.errors import DapjiError, DeadlineError
-from dapji.model import AsyncReply, Model, Prepared
+from dapji.model import AsyncReply, Embeddings, Model, Prepared, Reranking
 from dapji.server.gate import Gate
 from dapji.server.keys import Keys
 from dapji.server.metrics import Metrics
@@ -20,6 +23,8 @@ from dapji.server.problem import Problem
 from dapji.server.record import Record, current
 from dapji.server.registry import Registry
 from dapji.server.settings import Settings
+
+P = TypeVar("P", Embeddings, Reranking)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,14 @@ class Answers:
     async def end(self) -> None:
         """Waits until all have ended. Raises what ended one, if it was an error."""
         await asyncio.gather(*map(_read, self.replies))
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    pooled: NDArray[np.float32]
+    """[n, D]"""
+    n_tokens: int
+    """Of all texts."""
 
 
 async def _read(reply: AsyncReply) -> None:
@@ -77,6 +90,28 @@ class Service:
         async with self._turn(key, model, len(texts)) as (_, opened), _until(self._deadline()):
             self._charge_prompts(key, sum(map(len, texts)))
             return list(await asyncio.gather(*(opened.engine.ascore(text, n_top=n_top) for text in texts)))
+
+    async def pool(self, key: str, model: str | None, n: int, prepare: Callable[[Model], P]) -> tuple[str, P, Vectors]:
+        """The model's name, what it prepared of n texts, and a vector of each; see `Engine.embed`. Raises Problem."""
+        if not 1 <= n <= self.settings.max_inputs:
+            raise Problem("invalid_request", f"{n} texts: a request may have 1 to {self.settings.max_inputs}")
+        places = min(n, self.settings.max_choices)  # so many are computed at once
+        async with self._turn(key, model, places) as (name, opened), _until(self._deadline()):
+            prepared = await asyncio.to_thread(prepare, opened)
+            n_tokens = sum(map(len, prepared.texts))
+            self._charge_prompts(key, n_tokens)
+            room = asyncio.Semaphore(places)
+
+            async def vector(text: Sequence[int]) -> NDArray[np.float32]:
+                async with room:
+                    return await opened.engine.aembed(text, pooling=prepared.pooling)
+
+            try:
+                async with asyncio.TaskGroup() as group:  # ends the others where one fails
+                    tasks = [group.create_task(vector(text)) for text in prepared.texts]
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+            return name, prepared, Vectors(np.array([task.result() for task in tasks]), n_tokens)
 
     @asynccontextmanager
     async def opened(self, model: str | None) -> AsyncIterator[tuple[str, Model]]:

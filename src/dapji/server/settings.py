@@ -28,6 +28,8 @@ class Settings:
     """Seconds that answers under way have when the server is told to stop."""
     max_choices: int = 16
     """Answers to one request: prompts times n."""
+    max_inputs: int = 2048
+    """Texts to embed, or documents to rank, of one request."""
     max_top: int = 100
     """Likeliest tokens told for each token."""
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")

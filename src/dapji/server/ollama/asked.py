@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from dapji.chat.grammar import Grammar
+from dapji.model import Model
 from dapji.server.answering import JsonObject, template_call, template_tool
 from dapji.server.problem import Problem
 from dapji.server.wire import Strict
@@ -26,7 +27,26 @@ _HOW = (
 )  # fmt: skip
 
 
-class Options(Strict):
+class Running(Strict):
+    """How the model is run."""
+
+    num_ctx: int | None = None
+    """Tokens that the context must have; it may have more."""
+    # How Ollama computes: changes no answer, and nothing here.
+    num_keep: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    num_thread: int | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    low_vram: bool | None = None
+    numa: bool | None = None
+
+
+class Options(Running):
+    """And how an answer is drawn."""
+
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -45,18 +65,6 @@ class Options(Strict):
     stop: str | list[str] | None = None
     num_predict: int | None = None
     """-1, -2: until the context is full."""
-    num_ctx: int | None = None
-    """Tokens that the context must have; it may have more."""
-    # How Ollama computes: changes no answer, and nothing here.
-    num_keep: int | None = None
-    num_batch: int | None = None
-    num_gpu: int | None = None
-    main_gpu: int | None = None
-    num_thread: int | None = None
-    use_mmap: bool | None = None
-    use_mlock: bool | None = None
-    low_vram: bool | None = None
-    numa: bool | None = None
 
 
 class CalledFunction(Strict):
@@ -126,10 +134,9 @@ class AskedText(Asked, kw_only=True):
     context: None = None
 
 
-def ignored_of(asked: Asked) -> list[str]:
-    """Options that change nothing here."""
-    given = asked.options or Options()
-    return [f"options.{name}" for name in _HOW if getattr(given, name) is not None]
+def ignored_of(options: Running | None) -> list[str]:
+    """Those that change nothing here."""
+    return [f"options.{name}" for name in _HOW if getattr(options, name, None) is not None]
 
 
 def seconds_of(keep_alive: float | str) -> float | None:
@@ -166,6 +173,14 @@ def options_of(asked: Asked) -> JsonObject:
         schema = asked.format
         options["grammar"] = Grammar.json_object() if schema == "json" else Grammar.json_schema(schema, "format")
     return options
+
+
+def check_context(n: int, model: Model) -> None:
+    """Raises Problem where the model was opened with a context of fewer than n tokens."""
+    context = model.engine.context
+    if n > context:
+        told = f"options.num_ctx ({n}) is more than the context with which this model is served ({context} tokens)"
+        raise Problem("invalid_request", told, "options.num_ctx")
 
 
 def chat_options(asked: AskedChat) -> JsonObject:

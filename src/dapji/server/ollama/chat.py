@@ -31,6 +31,7 @@ from dapji.server.ollama.asked import (
     AskedChat,
     AskedText,
     chat_options,
+    check_context,
     ignored_of,
     messages_of,
     options_of,
@@ -82,7 +83,7 @@ async def _answer(
 ) -> Response:
     """answers None: nothing is asked, but that the model be open."""
     started = time.perf_counter_ns()
-    headers = ignored_fields(left_out + ignored_of(asked))
+    headers = ignored_fields(left_out + ignored_of(asked.options))
     service: Service = request.app.state.service
     served = service.registry.find(asked.model)
     if asked.keep_alive is not None:
@@ -104,12 +105,9 @@ async def _answer(
 
 @asynccontextmanager
 async def _with_context(answers: AbstractAsyncContextManager[Answers], n: int) -> AsyncIterator[Answers]:
-    """Raises Problem where the model was opened with a context of fewer than n tokens."""
+    """Raises Problem; see `check_context`."""
     async with answers as opened:
-        context = opened.model.engine.context
-        if n > context:
-            told = f"options.num_ctx ({n}) is more than the context with which this model is served ({context} tokens)"
-            raise Problem("invalid_request", told, "options.num_ctx")
+        check_context(n, opened.model)
         yield opened
 
 

@@ -1,4 +1,4 @@
-"""GET /api/tags, /api/ps and /api/version, POST /api/show; and what is refused."""
+"""GET /api/tags, /api/ps and /api/version, POST /api/show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dapji.chat.formats import AnswerFormat
 from dapji.model import Files, open_files
 from dapji.models.size import parameters
 from dapji.server.answering import JsonObject
-from dapji.server.problem import Problem
 from dapji.server.registry import Served
 from dapji.server.service import Service
 from dapji.server.wire import Reads, Strict, json_response, read
@@ -60,10 +59,6 @@ async def show(request: Request) -> Response:
 
 async def version(request: Request) -> Response:
     return json_response({"version": __version__})
-
-
-async def embed(request: Request) -> Response:
-    raise Problem("not_found", f"{request.url.path}: this server computes no embeddings")
 
 
 def _listed(served: Served) -> JsonObject:

@@ -36,6 +36,23 @@ Effort = Literal["none", "low", "medium", "high"]
 """Of reasoning, as far as templates know it. `none` turns it off; where there is no more than a switch, `medium` turns
 it on."""
 
+Texts = str | list[str | int | list[int]]
+"""A text, texts, the ids of one text, or those of several."""
+
+
+def texts_of(name: str, value: Texts) -> list[str | list[int]]:
+    """Each text, or its ids. Raises Problem for a field `name` that is empty or mixes them."""
+    if isinstance(value, str):
+        return [value]
+    ids = [token for token in value if isinstance(token, int)]
+    if ids and len(ids) == len(value):
+        return [ids]
+    if ids or not value:
+        told = "mixes token ids with texts or lists" if ids else "is empty"
+        raise Problem("invalid_request", f"{name} {told}: give a text, texts, ids, or lists of ids", name)
+    return [each for each in value if not isinstance(each, int)]
+
+
 _NEGATIVE_SEEDS = 1 << 64
 """OpenAI's seeds are signed; -1 is the last of ours."""
 

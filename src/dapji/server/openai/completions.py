@@ -24,7 +24,15 @@ from dapji.server.answering import (
     ignored_fields,
     key_of,
 )
-from dapji.server.openai.common import Drawn, StreamOptions, problem_body, sampling_of, usage_of
+from dapji.server.openai.common import (
+    Drawn,
+    StreamOptions,
+    Texts,
+    problem_body,
+    sampling_of,
+    texts_of,
+    usage_of,
+)
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
 from dapji.server.wire import Reads, event, event_stream, json_response, merged, read, while_connected
@@ -34,8 +42,7 @@ from dapji.tokenizer import Detokenizer, Tokenizer
 class Asked(Drawn, kw_only=True):
     """What may stand in a request; see `chat.Asked`."""
 
-    prompt: str | list[str | int | list[int]]
-    """A text, texts, the ids of one text, or those of several."""
+    prompt: Texts
     model: str | None = None
     max_tokens: int | None = 16
     n: int = 1
@@ -63,7 +70,7 @@ async def create(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     headers = ignored_fields(left_out)
-    prompts, options = _prompts(asked.prompt), _options(asked)
+    prompts, options = texts_of("prompt", asked.prompt), _options(asked)
     key = key_of(request)
     echoes = None
     if asked.echo:
@@ -74,18 +81,6 @@ async def create(request: Request) -> Response:
     if asked.stream:
         return await answered_in_parts(answers, partial(_streamed, asked, echoes), event_stream, headers)
     return await answered_whole(request, answers, partial(_whole, asked, echoes), headers)
-
-
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [token for token in prompt if isinstance(token, int)]
-    if ids and len(ids) == len(prompt):
-        return [ids]
-    if ids or not prompt:
-        told = "mixes token ids with texts or lists" if ids else "is empty"
-        raise Problem("invalid_request", f"prompt {told}: give a text, texts, ids, or lists of ids", "prompt")
-    return [each for each in prompt if not isinstance(each, int)]
 
 
 def _options(asked: Asked) -> JsonObject:

@@ -7,6 +7,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dapji.errors import RequestError
+from dapji.model import Model
 from dapji.server.registry import Served
 from dapji.server.service import Service
 from dapji.server.wire import json_response
@@ -30,6 +32,7 @@ def _described(served: Served, service: Service) -> dict[str, Any]:
         "max_file_bytes": settings.max_file,
         "max_batch_requests": settings.max_batch,
         "max_choices": settings.max_choices,
+        "max_inputs": settings.max_inputs,
         "max_top_logprobs": settings.max_top,
         "max_running": settings.max_running,
         "max_waiting": settings.max_waiting,
@@ -43,4 +46,19 @@ def _described(served: Served, service: Service) -> dict[str, Any]:
         "size_bytes": served.size,
         "open": served.model is not None,
         "limits": limits,
+        "embedding": None if served.model is None else _embedding(served.model),
+    }
+
+
+def _embedding(model: Model) -> dict[str, Any] | None:
+    """How its texts become vectors; None where they do not."""
+    try:
+        config = model.embedding
+    except RequestError:
+        return None
+    return {
+        "size": model.config.dim,
+        "pooling": config.pooling,
+        "declared": config.declared,
+        "dimensions": list(config.dimensions),
     }
