@@ -22,7 +22,7 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 """Roles that may become part of a control token, as in the template text <|{{ message.role }}|>."""
 MAX_DEPTH = 64
 """Of lists and mappings in messages, tools, documents and variables."""
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send an earlier answer's reasoning; templates read the first, gpt-oss's the second."""
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables that turn reasoning on and off. Some templates read both."""
@@ -36,7 +36,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, sources: Mapping[str, str], *, seconds: float = TIME_LIMIT) -> None:
         """`sources`: templates by name. `seconds`: processor time that one rendering may take."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._sources = dict(sources)
         self._seconds = seconds
         self._compiled: dict[str, Template] = {}
@@ -76,7 +76,7 @@ class ChatTemplate:
         if not messages:
             raise TemplateError("a conversation needs at least one message")
         values: dict[str, Any] = {
-            **{key: Written.by_template(text) for key, text in self._tokenizer.special_tokens.items()},
+            **{key: Written.by_template(text) for key, text in self.tokenizer.special_tokens.items()},
             **_plain(variables, "variables"),
             "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
             "tools": _plain(tools, "tools"),
@@ -94,11 +94,19 @@ class ChatTemplate:
 
     def encode(self, rendered: Written) -> list[int]:
         """Token ids of what `render` gave, as `prompt` does it."""
-        parts = self._tokenizer.split_control(str.__str__(rendered), where=rendered.all_by_template)
+        parts = self._parts(rendered)
         first = next((part for part in parts if isinstance(part, int)), None)
-        if self._tokenizer.add_bos and self._tokenizer.bos_id is not None and first != self._tokenizer.bos_id:
-            parts.insert(0, self._tokenizer.bos_id)
-        return self._tokenizer.encode_parts(parts)
+        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and first != self.tokenizer.bos_id:
+            parts.insert(0, self.tokenizer.bos_id)
+        return self.tokenizer.encode_parts(parts)
+
+    def encode_after(self, prompt: Sequence[int], rendered: Written) -> list[int]:
+        """Token ids of what follows a prompt, without those of the prompt; no BOS is added."""
+        last = [prompt[-1]] if prompt else []
+        return self.tokenizer.encode_parts([*last, *self._parts(rendered)])[len(last) :]
+
+    def _parts(self, rendered: Written) -> list[str | int]:
+        return self.tokenizer.split_control(str.__str__(rendered), where=rendered.all_by_template)
 
     def answer(
         self,
@@ -115,17 +123,24 @@ class ChatTemplate:
         Raises TemplateError where there are tools and the template has no place for them, and RequestError for tools
         that cannot be chosen, or whose arguments cannot be held to their schemas.
         """
+        format, callable = self.format(tools=tools, name=name), choice.of(tools or ())
+        control = self.tokenizer.control
+        rules = format.grammar(rendered, tools=callable, choice=choice, content=content is not None, control=control)
+        parser = format.parser(rendered, tools=callable, control=control, written=rules is not None)
+        return parser, None if rules is None else _grammar(rules, content)
+
+    def format(self, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None) -> AnswerFormat:
+        """What answers consist of, by the template that tools and name choose.
+
+        Raises TemplateError where there are tools and the template has no place for them.
+        """
         source = self._sources[self._chosen(name, bool(tools))]
         if tools and "tools" not in source:
             raise TemplateError(
                 "this model's chat template has no place for tools",
                 hint="describe them in a message, and look for calls in the answer's text",
             )
-        format, callable = AnswerFormat.of(source), choice.of(tools or ())
-        control = self._tokenizer.control
-        rules = format.grammar(rendered, tools=callable, choice=choice, content=content is not None, control=control)
-        parser = format.parser(rendered, tools=callable, control=control, written=rules is not None)
-        return parser, None if rules is None else _grammar(rules, content)
+        return AnswerFormat.of(source)
 
     def reasoning(
         self, wanted: bool | str, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None
@@ -189,7 +204,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TemplateError(f"{where} is a {type(message).__name__}, expected a mapping with a role and a content")
     plain = {key: value for key, value in _plain(message, where).items() if value is not None}
-    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    reasoning = next((plain[key] for key in REASONING if key in plain), None)
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     role = plain.get("role")
