@@ -1,0 +1,1 @@
+"""Adapting models: data. Knows no server and no terminal."""

@@ -1,0 +1,77 @@
+"""`Example`: what a row of any file is to training, whatever convention it was written in.
+
+Knows neither files nor tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Message: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Messages for a chat template, of which some are learned."""
+
+    messages: Sequence[Message]
+    """As `ChatTemplate.render` takes them; arguments of tool calls are mappings."""
+    trained: frozenset[int]
+    """Indices of the assistant's messages that are learned; not empty."""
+    tools: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that somebody said, for comparing examples."""
+        found = []
+        for message in self.messages:
+            content = message.get("content")
+            if isinstance(content, str):
+                found.append(content)
+            elif content:
+                found += [part["text"] for part in content]
+            for call in message.get("tool_calls", ()):
+                found.append(f"{call['function']['name']} {call['function']['arguments']}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Plain text without a chat template; all of it is learned, its end included, but not the prompt."""
+
+    text: str
+    """Not empty."""
+    prompt: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompt, self.text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Two answers to the same, one better than the other."""
+
+    chosen: Conversation | Text
+    rejected: Conversation | Text
+
+    @property
+    def texts(self) -> list[str]:
+        return self.chosen.texts + self.rejected.texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated:
+    """An answer that is good or not, without another to compare it with."""
+
+    answer: Conversation | Text
+    good: bool
+
+    @property
+    def texts(self) -> list[str]:
+        return self.answer.texts
+
+
+Example: TypeAlias = Conversation | Text | Preference | Rated

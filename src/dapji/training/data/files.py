@@ -1,0 +1,163 @@
+"""Rows of files, each with its line: JSON lines, a JSON array, CSV, TSV, Parquet, plain text; also gzipped.
+
+Knows no convention of fields. A row that cannot be read is yielded as the error that says why.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import msgspec
+
+from dapji.errors import FormatError, UnavailableError
+
+
+class Row(NamedTuple):
+    line: int
+    """Of the file, from 1, where the row begins; of a Parquet file, the number of the row."""
+    fields: Mapping[str, Any] | FormatError
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, whose kind its name tells. A text file is one row with the field `text`.
+
+    Raises FormatError where the file as a whole cannot be read, UnavailableError for Parquet without pyarrow, OSError.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    gzipped = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if gzipped else suffixes)[-1:]
+    if not kind or kind[0] not in _READERS:
+        raise FormatError(
+            f"{path}: unknown kind of file {''.join(kind) or path.name!r}",
+            hint=f"known endings: {', '.join(_READERS)}; each also with .gz",
+        )
+    try:
+        with gzip.open(path) if gzipped else path.open("rb") as file:
+            yield from _READERS[kind[0]](cast(IO[bytes], file))
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise FormatError(f"{path}: broken gzip data: {error}") from error
+    except FormatError as error:
+        raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def _json_lines(file: IO[bytes]) -> Iterator[Row]:
+    decode = msgspec.json.Decoder().decode
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            value = decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            yield Row(number, FormatError(f"no JSON: {error}", hint="a file .jsonl has one JSON object on each line"))
+        else:
+            yield Row(number, _object(value))
+
+
+def _json(file: IO[bytes]) -> Iterator[Row]:
+    """An array of objects. Read value by value, so that each has its line."""
+    text = _utf8(file.read())
+    decoder = json.JSONDecoder()
+    if text.lstrip()[:1] != "[":
+        raise FormatError(
+            "no JSON array", hint="a file .json holds one array of objects; with one on each line: .jsonl"
+        )
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = _after_space(text, at)
+        if text[at : at + 1] == "]":
+            return
+        line += text.count("\n", counted, at)
+        counted = at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise FormatError(f"line {line}: no JSON: {error}") from error
+        yield Row(line, _object(value))
+        at = _after_space(text, at)
+        if text[at : at + 1] == ",":
+            at += 1
+        elif text[at : at + 1] != "]":
+            raise FormatError(f"line {line + text.count(chr(10), counted, at)}: expected , or ] after a value")
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def _object(value: Any) -> Mapping[str, Any] | FormatError:
+    if isinstance(value, dict):
+        return value
+    return FormatError(f"expected a JSON object, got {json.dumps(value, ensure_ascii=False)[:40]}")
+
+
+def _table(separator: str) -> Callable[[IO[bytes]], Iterator[Row]]:
+    def read(file: IO[bytes]) -> Iterator[Row]:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.reader(text, delimiter=separator, strict=True)
+        try:
+            names = next(reader, [])
+            if len(set(names)) < len(names) or not all(names):
+                raise FormatError(f"the first line has to name the columns, got {names}")
+            while True:
+                line = reader.line_num + 1
+                values = next(reader, None)
+                if values is None:
+                    return
+                if values and len(values) != len(names):
+                    yield Row(line, FormatError(f"{len(values)} values, but {len(names)} columns: {', '.join(names)}"))
+                elif values:
+                    yield Row(line, dict(zip(names, values, strict=True)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise FormatError(f"line {reader.line_num}: {error}") from error
+
+    return read
+
+
+def _parquet(file: IO[bytes]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            "Parquet needs pyarrow", hint="pip install 'dapji[train]', or export JSON lines"
+        ) from error
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        number = 0
+        for batch in batches:
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(number, fields)
+    except pyarrow.ArrowException as error:
+        raise FormatError(f"no Parquet file: {error}") from error
+
+
+def _plain(file: IO[bytes]) -> Iterator[Row]:
+    yield Row(1, {"text": _utf8(file.read())})
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FormatError(f"line {line}: not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+_READERS: Mapping[str, Callable[[IO[bytes]], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".txt": _plain,
+    ".md": _plain,
+}
