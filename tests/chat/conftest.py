@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,21 +34,37 @@ def templates() -> dict[str, str]:
     return published()
 
 
-@pytest.fixture(scope="session")
-def both(templates: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
-    """Byte-level, without merges: what matters here is where control tokens are and that all text arrives."""
-    control = {match[0] for source in templates.values() for match in _CONTROL.finditer(source)}
-    control |= {*NAMES.values(), "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"}  # <|' + role + '|>
+def control_tokens(source: str) -> set[str]:
+    """What looks like a control token in a template."""
+    return {match[0] for match in _CONTROL.finditer(source)}
+
+
+def make_tokenizers(control: Iterable[str], folder: Path, ends: Sequence[str] = ()) -> Tokenizers:
+    """Byte-level, without merges: what matters here is where control tokens are and that all text arrives.
+
+    ends: what generation_config.json names as tokens that end an answer.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(spelling, normalized=False) for spelling in sorted(control)])
-    folder = tmp_path_factory.mktemp("every-control-token")
+    spellings = sorted({*control, *NAMES.values(), *ends})
+    backend.add_special_tokens([AddedToken(spelling, normalized=False) for spelling in spellings])
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES)
     theirs.save_pretrained(folder)
-    assert len(control) > 150
+    if ends:
+        ids = theirs.convert_tokens_to_ids(list(ends))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     return Tokenizers(Tokenizer.from_folder(folder), theirs)
+
+
+@pytest.fixture(scope="session")
+def both(templates: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
+    """With the control tokens of all templates."""
+    control = set().union(*map(control_tokens, templates.values()))
+    control |= {"<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"}  # <|' + role + '|>
+    assert len(control) > 150
+    return make_tokenizers(control, tmp_path_factory.mktemp("every-control-token"))
 
 
 @pytest.fixture(scope="session")

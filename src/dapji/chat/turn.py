@@ -77,13 +77,12 @@ class Turns:
             tools=tools,
         )
         refusal: TemplateError | None = None
-        for switch in self._switches(place):
+        forms = [place.message] if place.message is message else [place.message, message]
+        for form, switch in product(forms, self._switches(place)):
             variables = self._variables | switch
             prompt = self._template.render(place.before, tools=tools, **variables)
             ids = self._template.encode(prompt)
-            contexts = [place.before, place.before[-1:]][: len(place.before)]
-            forms = [place.message] if place.message is message else [place.message, message]
-            for before, form in product(contexts, forms):
+            for before in [place.before, place.before[-1:]][: len(place.before)]:
                 try:
                     answer = self._answer(prompt, before, form, place, variables)
                     ended, added = self._ended(ids, answer, [*before, form], place, variables)
@@ -216,17 +215,18 @@ class Turns:
         calls = place.message.get("tool_calls")
         after = place.after or {"role": "tool" if calls else "user", "content": "."}
         options = {"tools": place.tools, "add_generation_prompt": False, **variables}
-        try:
-            longer = self._template.render([*conversation, after], **options)
-        except TemplateError:  # as of two answers in a row
-            return []
-        whole = self._template.render(conversation, **options)
-        if not longer.startswith(whole):
-            return []
-        following = self._template.encode_after(ids, longer[len(whole) :])
-        first = next((i for i, token in enumerate(following) if self._is_visible(token)), None)
-        ends = first is not None and following[first] in self._tokenizer.stop_ids
-        return following[: first + 1] if first is not None and ends else []
+        *before, last = conversation
+        # Reasoning that the template takes out when the conversation goes on would hide where the next message begins.
+        for answer in (last, {key: value for key, value in last.items() if key not in REASONING}):
+            try:
+                whole, longer = (self._template.render([*before, answer, *more], **options) for more in ((), (after,)))
+            except TemplateError:  # as of two answers in a row
+                continue
+            if longer.startswith(whole):
+                following = self._template.encode_after(ids, longer[len(whole) :])
+                first = next((i for i, token in enumerate(following) if self._is_visible(token)), 0)
+                return following[: first + 1] if following[first] in self._tokenizer.stop_ids else []
+        return []
 
     def _is_visible(self, token: int) -> bool:
         return bool(self._tokenizer.token_bytes(token).strip())
