@@ -9,7 +9,7 @@ from typing import Any
 
 from conversations import TOOLS, USER
 
-from conftest import Tokenizers
+from byte_tokenizers import Tokenizers
 from dapji.chat import ChatTemplate
 from dapji.chat.formats import AnswerFormat, Content, Event, Reasoning, ToolCall
 from dapji.chat.formats.thinking import Thinking

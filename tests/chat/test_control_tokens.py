@@ -7,7 +7,7 @@ from conversations import USER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import Tokenizers
+from byte_tokenizers import Tokenizers
 from dapji.chat import ChatTemplate
 from dapji.errors import TemplateError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from conftest import Tokenizers
+from byte_tokenizers import Tokenizers
 from dapji.chat import ChatTemplate
 from dapji.errors import TemplateError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conversations import ASSISTANT, CONVERSATIONS, SYSTEM, TOOLS, USER, VARIABLES
 
-from conftest import Tokenizers
+from byte_tokenizers import Tokenizers
 from dapji.chat import ChatTemplate
 from dapji.errors import TemplateError
 from dapji.tokenizer import Tokenizer

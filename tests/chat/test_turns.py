@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conversations import ARGUMENTS, ASSISTANT, KOREAN, SYSTEM, TOOLS, USER, call, calls, result
 
-from conftest import Tokenizers, control_tokens, make_tokenizers
+from byte_tokenizers import Tokenizers, control_tokens, make_tokenizers
 from dapji.chat import ChatTemplate
 from dapji.chat.formats import AnswerFormat, Content, Event, Reasoning
 from dapji.chat.formats.thinking import Thinking

@@ -40,6 +40,7 @@ class ChatTemplate:
         self._sources = dict(sources)
         self._seconds = seconds
         self._compiled: dict[str, Template] = {}
+        self._formats: dict[str, AnswerFormat] = {}
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
@@ -134,13 +135,15 @@ class ChatTemplate:
 
         Raises TemplateError where there are tools and the template has no place for them.
         """
-        source = self._sources[self._chosen(name, bool(tools))]
-        if tools and "tools" not in source:
+        chosen = self._chosen(name, bool(tools))
+        if tools and "tools" not in self._sources[chosen]:
             raise TemplateError(
                 "this model's chat template has no place for tools",
                 hint="describe them in a message, and look for calls in the answer's text",
             )
-        return AnswerFormat.of(source)
+        if chosen not in self._formats:
+            self._formats[chosen] = AnswerFormat.of(self._sources[chosen])
+        return self._formats[chosen]
 
     def reasoning(
         self, wanted: bool | str, *, tools: Sequence[Mapping[str, Any]] | None = None, name: str | None = None

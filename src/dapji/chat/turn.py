@@ -132,9 +132,9 @@ class Turns:
         before: all that is before the message or, for a template that moves things when the conversation goes on, the
         last of it alone. form: the message with its reasoning apart, or as it was given. Raises TemplateError.
         """
-        begun = self._template.render(before, tools=place.tools, **variables)
-        options = {"tools": place.tools, "add_generation_prompt": False, **variables}
-        whole = self._template.render([*before, form], **options)
+        options = {"tools": place.tools, **variables}
+        begun = prompt if before is place.before else self._template.render(before, **options)
+        whole = self._template.render([*before, form], add_generation_prompt=False, **options)
         thinking = self._thinking(place.tools)
         if whole.startswith(begun):
             answer = whole[len(begun) :]

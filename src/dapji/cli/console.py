@@ -44,16 +44,21 @@ def print_error(message: str, hint: str | None = None) -> None:
         click.echo(click.style("hint: ", fg="cyan", bold=True) + hint, err=True, color=wants_colour())
 
 
+def visible(text: str) -> str:
+    """Text that nobody has checked, without what could steer a terminal."""
+    return text.translate(_VISIBLE)
+
+
 def write(text: str) -> None:
     """A model's text to stdout, at once: as it is into a pipe or file; on a terminal without what could steer it."""
-    sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def write_aside(text: str) -> None:
     """A model's text that is no answer, dim on stderr and only where that is a terminal."""
     if sys.stderr.isatty():
-        click.echo(click.style(text.translate(_VISIBLE), dim=True), err=True, nl=False, color=wants_colour())
+        click.echo(click.style(visible(text), dim=True), err=True, nl=False, color=wants_colour())
 
 
 def read_stdin() -> str:

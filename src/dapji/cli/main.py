@@ -25,6 +25,7 @@ COMMANDS = {
     "remove": "Delete a model from the store.",
     "cache": "Show or clear what is kept for quicker starts.",
     "quantize": "Write a smaller copy of a model.",
+    "data": "Check examples before a model learns from them.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure speed beside what this machine could do.",
     "doctor": "Tell what this machine offers, and what is wrong.",

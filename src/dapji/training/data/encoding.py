@@ -7,10 +7,9 @@ written, never by looking for ids: a pad token that is the end token too changes
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from dapji.tokenizer import Tokenizer
 from dapji.training.data.examples import Conversation, Example, Preference, Rated, Text
 
 Note = Literal["end added", "reasoning switched", "split by the template", "cut into pieces", "truncated"]
-"""What is done for an example beyond writing it down; counted, so that nothing happens in silence."""
+"""What was done for an example beyond writing it down."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +48,11 @@ class Sample:
         return sum(len(sequence.ids) for sequence in self.sequences)
 
 
+class Encoded(NamedTuple):
+    samples: list[Sample]
+    notes: frozenset[Note]
+
+
 class Encoder:
     """Examples as one model sees them."""
 
@@ -66,10 +70,8 @@ class Encoder:
         self._turns = Turns(ChatTemplate.of(tokenizer), variables)
         self._max_length = max_length
         self._truncate = truncate
-        self.notes: Counter[Note] = Counter()
-        """How many examples of those encoded so far each was true of."""
 
-    def encode(self, example: Example) -> list[Sample]:
+    def encode(self, example: Example) -> Encoded:
         """One sample; several of a conversation in which the template rewrites earlier answers, and of a long text.
 
         Raises FormatError with the reason where there is nothing to learn, TemplateError as `Turns.turn`,
@@ -85,8 +87,7 @@ class Encoder:
             samples = [Sample(sequences=(self._single(example.answer, "answer", notes),), good=example.good)]
         else:
             samples = [Sample(sequences=(sequence,)) for sequence in self._sequences(example, notes)]
-        self.notes.update(notes)
-        return samples
+        return Encoded(samples, frozenset(notes))
 
     def _single(self, answer: Conversation | Text, name: str, notes: set[Note]) -> Sequence:
         sequences = self._sequences(answer, notes)

@@ -24,9 +24,11 @@ class Conversation:
 
     @property
     def texts(self) -> list[str]:
-        """Everything that somebody said, for comparing examples."""
+        """What was asked and answered, for comparing examples: not what a system message says, which many share."""
         found = []
         for message in self.messages:
+            if message["role"] in ("system", "developer"):
+                continue
             content = message.get("content")
             if isinstance(content, str):
                 found.append(content)

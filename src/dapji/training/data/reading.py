@@ -10,7 +10,7 @@ from pathlib import Path
 from dapji.errors import DapjiError, FormatError, UsageError
 from dapji.training.data.conventions import CONVENTIONS, Convention, detect
 from dapji.training.data.dataset import Dataset
-from dapji.training.data.encoding import Encoder, Sample
+from dapji.training.data.encoding import Encoder, Note, Sample
 from dapji.training.data.examples import Example
 from dapji.training.data.files import rows
 
@@ -26,6 +26,7 @@ class Entry:
     line: int
     example: Example | None = None
     samples: Sequence[Sample] = ()
+    notes: frozenset[Note] = frozenset()
     error: DapjiError | None = None
 
     @property
@@ -62,11 +63,11 @@ class Reader:
             self.unread.update(self.convention.unread(fields))
             try:
                 example = self.convention.example(fields)
-                samples = self._encoder.encode(example)
+                encoded = self._encoder.encode(example)
             except DapjiError as error:
                 yield Entry(path=self.path, line=line, error=error)
             else:
-                yield Entry(path=self.path, line=line, example=example, samples=samples)
+                yield Entry(path=self.path, line=line, example=example, samples=encoded.samples, notes=encoded.notes)
 
 
 def prepare(
