@@ -21,6 +21,33 @@ _CONTROL = re.compile(
 """What control tokens look like: <|im_end|>, <｜User｜>, [INST], </s>, <end_of_turn>, <seed:bos>, <turn|>."""
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
+ENDS = {
+    "Apertus-8B-Instruct": ["<|assistant_end|>"],
+    "Apriel-1.6-15b-Thinker-fixed": ["<|end|>"],
+    "ByteDance-Seed-OSS": ["<seed:eos>"],
+    "Cohere2MoE": ["<|END_OF_TURN_TOKEN|>"],
+    "CohereForAI-c4ai-command-r-plus-tool_use": ["<|END_OF_TURN_TOKEN|>"],
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ["<|END_OF_TURN_TOKEN|>"],
+    "GLM-4.6": ["<|user|>", "<|observation|>"],
+    "GLM-4.7-Flash": ["<|user|>", "<|observation|>"],
+    "GigaChat3-10B-A1.8B": ["<|message_sep|>"],
+    "GigaChat3.1-10B-A1.8B": ["<|message_sep|>"],
+    "Kimi-K3": ["<|end_of_msg|>"],
+    "MiniMax-M1": ["<end_of_sentence>"],
+    "MiniMax-M2": ["[e~["],
+    "MiniMax-M3": ["[e~["],
+    "NVIDIA-Nemotron-Nano-v2": ["<SPECIAL_12>"],
+    "Reka-Edge": ["<sep>"],
+    "google-gemma-4-31B-it": ["<turn|>", "<|tool_response>"],
+    "inclusionai-ling-3.0-flash": ["<|role_end|>"],
+    "poolside-Laguna-S-2.1": ["</assistant>"],
+    "poolside-Laguna-XS-2.1": ["</assistant>"],
+    "poolside-Laguna-XS.2": ["</assistant>"],
+    "tencent-Hy3": ["<｜hy_eos:opensource｜>"],
+    "upstage-Solar-Open-100B": ["<|end|>", "<|calls|>"],
+}
+"""Template of llama.cpp's collection -> eos_token_id of its model, where the spelling does not tell end tokens."""
+
 
 @dataclass(frozen=True)
 class Tokenizers:

@@ -12,39 +12,13 @@ from typing import Any
 import pytest
 from conversations import ARGUMENTS, ASSISTANT, KOREAN, SYSTEM, TOOLS, USER, call, calls, result
 
-from byte_tokenizers import Tokenizers, control_tokens, make_tokenizers
+from byte_tokenizers import ENDS, Tokenizers, control_tokens, make_tokenizers
 from dapji.chat import ChatTemplate
 from dapji.chat.formats import AnswerFormat, Content, Event, Reasoning
 from dapji.chat.formats.thinking import Thinking
 from dapji.chat.turn import Turn, Turns
 from dapji.errors import TemplateError
 
-ENDS = {
-    "Apertus-8B-Instruct": ["<|assistant_end|>"],
-    "Apriel-1.6-15b-Thinker-fixed": ["<|end|>"],
-    "ByteDance-Seed-OSS": ["<seed:eos>"],
-    "Cohere2MoE": ["<|END_OF_TURN_TOKEN|>"],
-    "CohereForAI-c4ai-command-r-plus-tool_use": ["<|END_OF_TURN_TOKEN|>"],
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ["<|END_OF_TURN_TOKEN|>"],
-    "GLM-4.6": ["<|user|>", "<|observation|>"],
-    "GLM-4.7-Flash": ["<|user|>", "<|observation|>"],
-    "GigaChat3-10B-A1.8B": ["<|message_sep|>"],
-    "GigaChat3.1-10B-A1.8B": ["<|message_sep|>"],
-    "Kimi-K3": ["<|end_of_msg|>"],
-    "MiniMax-M1": ["<end_of_sentence>"],
-    "MiniMax-M2": ["[e~["],
-    "MiniMax-M3": ["[e~["],
-    "NVIDIA-Nemotron-Nano-v2": ["<SPECIAL_12>"],
-    "Reka-Edge": ["<sep>"],
-    "google-gemma-4-31B-it": ["<turn|>", "<|tool_response>"],
-    "inclusionai-ling-3.0-flash": ["<|role_end|>"],
-    "poolside-Laguna-S-2.1": ["</assistant>"],
-    "poolside-Laguna-XS-2.1": ["</assistant>"],
-    "poolside-Laguna-XS.2": ["</assistant>"],
-    "tencent-Hy3": ["<｜hy_eos:opensource｜>"],
-    "upstage-Solar-Open-100B": ["<|end|>", "<|calls|>"],
-}
-"""eos_token_id of those models whose end tokens are not told by their spelling."""
 THOUGHT = "먼저 \n생각."
 REASONED = {"role": "assistant", "content": "답.", "reasoning_content": THOUGHT}
 BYE = {"role": "user", "content": "Bye."}
@@ -150,7 +124,7 @@ OPENED = {
 
 def events(template: ChatTemplate, prompt: str, tools: Any, answer: list[int]) -> list[Event]:
     """As `Model.chat` reads an answer."""
-    parser = template.parser(prompt, tools=tools)
+    parser, _ = template.answer(prompt, tools=tools)
     spellings = {token: spelling for spelling, token in template.tokenizer.control.items()}
     found, text = [], bytearray()
     for token in answer:

@@ -156,7 +156,8 @@ class Turns:
 
     def _reads(self, prompt: Written, answer: Written, place: _Place) -> bool:
         """Whether the answer to this prompt is read as the message."""
-        parser = self._template.parser(prompt, tools=place.tools)
+        format = self._template.format(tools=place.tools)
+        parser = format.parser(prompt, tools=place.tools, control=self._tokenizer.control)
         events = self._read(parser, answer)
         reasoning = "".join(event.text for event in events if isinstance(event, Reasoning)).strip()
         content = "".join(event.text for event in events if isinstance(event, Content)).strip()

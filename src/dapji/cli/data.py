@@ -30,7 +30,9 @@ def command() -> None:
     \b
     Examples:
       dapji data check train.jsonl --model smollm2-135m
-      dapji data check --help
+      dapji data check train.jsonl --model smollm2-135m --eval test.jsonl --json
+
+    Exit codes: as each command says; 2 wrong usage.
     """
 
 

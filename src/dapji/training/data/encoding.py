@@ -120,7 +120,10 @@ class Encoder:
         return made
 
     def _text(self, example: Text, notes: set[Note]) -> list[tuple[list[int], list[bool]]]:
-        """BOS where the model wants one, prompt, text, end token; a long text without a prompt in pieces."""
+        """BOS where the model wants one, prompt, text, end token.
+
+        A text that is too long and has no prompt is cut into pieces, each with BOS and the token before it.
+        """
         tokenizer = self._tokenizer
         if tokenizer.eos_id is None:
             raise FormatError("the tokenizer has no end token, so no end of a text can be learned")
@@ -128,12 +131,19 @@ class Encoder:
         prompt = bos + tokenizer.encode(example.prompt)
         last = [prompt[-1]] if example.prompt else []  # so that the text is encoded as what goes on
         text = [*tokenizer.encode_parts([*last, example.text])[len(last) :], tokenizer.eos_id]
-        room = (self._max_length or len(prompt) + len(text)) - len(prompt)
-        if example.prompt or room <= 0 or len(text) <= room:
+        room = len(prompt) + len(text) if self._max_length is None else self._max_length
+        if example.prompt or len(prompt) + len(text) <= room or room < len(bos) + 2:
             return [(prompt + text, [False] * len(prompt) + [True] * len(text))]
         notes.add("cut into pieces")
-        pieces = [text[at : at + room] for at in range(0, len(text), room)]
-        return [(bos + piece, [False] * len(bos) + [True] * len(piece)) for piece in pieces]
+        room -= len(bos)
+        pieces, at = [], 0
+        while at < len(text):
+            overlap = min(at, 1)  # the token before, so that the first one of the piece is learned too
+            piece = text[at - overlap : at - overlap + room]
+            at += len(piece) - overlap
+            learned = [False] * (len(bos) + overlap) + [True] * (len(piece) - overlap)
+            pieces.append((bos + piece, learned))
+        return pieces
 
     def _checked(self, ids: list[int], learned: list[bool], notes: set[Note]) -> Sequence:
         if self._max_length is not None and len(ids) > self._max_length:

@@ -100,25 +100,29 @@ def _object(value: Any) -> Mapping[str, Any] | FormatError:
 
 def _table(separator: str) -> Callable[[IO[bytes]], Iterator[Row]]:
     def read(file: IO[bytes]) -> Iterator[Row]:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter=separator, strict=True)
-        try:
-            names = next(reader, [])
-            if len(set(names)) < len(names) or not all(names):
-                raise FormatError(f"the first line has to name the columns, got {names}")
-            while True:
-                line = reader.line_num + 1
-                values = next(reader, None)
-                if values is None:
-                    return
-                if values and len(values) != len(names):
-                    yield Row(line, FormatError(f"{len(values)} values, but {len(names)} columns: {', '.join(names)}"))
-                elif values:
-                    yield Row(line, dict(zip(names, values, strict=True)))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise FormatError(f"line {reader.line_num}: {error}") from error
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, delimiter=separator, strict=True)
+            try:
+                yield from _table_rows(reader)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise FormatError(f"line {reader.line_num}: {error}") from error
 
     return read
+
+
+def _table_rows(reader: Any) -> Iterator[Row]:
+    names: list[str] = next(reader, [])
+    if len(set(names)) < len(names) or not all(names):
+        raise FormatError(f"the first line has to name the columns, got {names}")
+    while True:
+        line = reader.line_num + 1
+        values = next(reader, None)
+        if values is None:
+            return
+        if values and len(values) != len(names):
+            yield Row(line, FormatError(f"{len(values)} values, but {len(names)} columns: {', '.join(names)}"))
+        elif values:
+            yield Row(line, dict(zip(names, values, strict=True)))
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Row]:
