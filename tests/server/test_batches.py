@@ -266,11 +266,13 @@ def test_cancelling_keeps_what_is_done(start_server: Start) -> None:
         assert client.batches.cancel(batch.id).status == "cancelling"
         batch = ended(client, batch)
         total, done, failed = counts(batch)
-        assert (batch.status, total, failed) == ("cancelled", 52, 0)
+        assert (batch.status, total, failed) == ("cancelled", 52, 52 - done)
         kept = [each["custom_id"] for each in told(client, batch.output_file_id)]
         assert kept[:2] == ["a", "b"]
         assert done == len(kept) < total
-        assert batch.error_file_id is None
+        errors = told(client, batch.error_file_id)
+        assert len(errors) == failed
+        assert {(error["response"], error["error"]["code"]) for error in errors} == {(None, "batch_cancelled")}
         assert server.service.gate.running == 0
 
 

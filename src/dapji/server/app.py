@@ -18,6 +18,7 @@ from starlette.routing import Route
 from dapji import __version__
 from dapji.errors import DapjiError
 from dapji.server import metrics, openapi
+from dapji.server.anthropic import batches as anthropic_batches
 from dapji.server.anthropic import messages
 from dapji.server.anthropic import models as anthropic_models
 from dapji.server.batches.runner import BatchRunner
@@ -114,6 +115,12 @@ def _routes() -> list[Route]:
         Route("/v1/batches/{id}/cancel", openai_batches.cancel, methods=["POST"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/v1/messages/batches", anthropic_batches.create, methods=["POST"]),
+        Route("/v1/messages/batches", anthropic_batches.index, methods=["GET"]),
+        Route("/v1/messages/batches/{id}", anthropic_batches.show, methods=["GET"]),
+        Route("/v1/messages/batches/{id}", anthropic_batches.delete, methods=["DELETE"]),
+        Route("/v1/messages/batches/{id}/cancel", anthropic_batches.cancel, methods=["POST"]),
+        Route("/v1/messages/batches/{id}/results", anthropic_batches.results, methods=["GET"]),
         Route("/v1/responses", responses.create, methods=["POST"]),
         Route("/v1/responses/{id}", responses.show, methods=["GET"]),
         Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),

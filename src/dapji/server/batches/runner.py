@@ -36,6 +36,7 @@ _LATER = (429, 503)
 _PATIENCE = 300.0
 """Longest wait before a line that was told so is tried again, whatever it was told."""
 _EXPIRED = {"code": "batch_expired", "message": "This request was not answered within the batch's completion window."}
+_CANCELLED = {"code": "batch_cancelled", "message": "This request was not answered before the batch was cancelled."}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,9 @@ class BatchRunner:
         try:
             if batch.status == "validating":
                 batch = await self._validated(batch)
-            if batch.status != "failed":
+            if batch.status == "cancelling" and batch.errors:
+                await self._store.finish(batch, "cancelled", unanswered=None, most_bytes=self._settings.max_body)
+            elif batch.status != "failed":
                 await self._answered(batch, stop)
         except Exception:
             log.exception("batch %s cannot go on; it is tried again in %d seconds", batch.id, _PATIENCE)
@@ -145,7 +148,7 @@ class BatchRunner:
             await asyncio.gather(lines, stopped, return_exceptions=True)
         finish = partial(self._store.finish, batch, most_bytes=self._settings.max_body)
         if cancelled:
-            await finish("cancelled", unanswered=None)
+            await finish("cancelled", unanswered=_CANCELLED)
         elif finished:
             lines.result()
             await self._store.change(batch.id, lambda batch: begin(batch, "finalizing"))

@@ -73,7 +73,10 @@ class Batch(msgspec.Struct, kw_only=True):
     """Of the input file."""
     total: int = 0
     completed: int = 0
+    """With an answer; so `failed`, whose answer is an error."""
     failed: int = 0
+    unanswered: int = 0
+    """When the batch had ended before they were."""
     output_file_id: str | None = None
     error_file_id: str | None = None
 
@@ -151,13 +154,13 @@ class BatchStore:
 
     # Batches
 
-    async def create(self, batch: Batch) -> None:
-        """Raises Problem where its input is no file of its key for batches."""
+    async def create(self, batch: Batch, purpose: Purpose) -> None:
+        """Raises Problem where its input is no file of its key for that purpose."""
 
         def work(db: sqlite3.Connection) -> None:
             file = self._file(db, batch.key, batch.input_file_id)
-            if file.purpose == "batch_output":
-                told = f"file {file.id!r} has the purpose {file.purpose!r}, not 'batch'"
+            if file.purpose != purpose:
+                told = f"file {file.id!r} has the purpose {file.purpose!r}, not {purpose!r}"
                 raise Problem("invalid_request", told, "input_file_id")
             db.execute(
                 "INSERT INTO batches (id, key, endpoint, status, stored) VALUES (?, ?, ?, ?, ?)",
@@ -214,9 +217,12 @@ class BatchStore:
         return await self.change(name, change)
 
     async def remove(self, batch: Batch) -> None:
-        """A batch that has ended, with its files."""
+        """Deletes a batch with its files. Raises Problem where it has not ended."""
 
         def work(db: sqlite3.Connection) -> None:
+            if batch.status in ACTIVE:
+                told = f"batch {batch.id!r} has not ended: cancel it first, or wait for its end"
+                raise Problem("invalid_request", told)
             for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
                 if name is not None:
                     self.body(name).unlink(missing_ok=True)
@@ -247,21 +253,24 @@ class BatchStore:
         await self._database.run(work)
 
     async def finish(self, batch: Batch, status: Status, *, unanswered: JsonObject | None, most_bytes: int) -> Batch:
-        """The batch as it ends, its answers in files. unanswered: the error of lines without an answer; None: they
-        stand nowhere. most_bytes: of a line of input."""
+        """The batch as it ends, its answers in files. unanswered: the error of lines without an answer, in the second
+        file; None: there are none, or lines have no form. most_bytes: of a line of input."""
         output = await self._gather(batch, ok=True)
         errors = await self._gather(batch, ok=False, unanswered=unanswered, most_bytes=most_bytes)
 
         def work(db: sqlite3.Connection) -> Batch:
             (ended,) = _batches(db, "id = ?", (batch.id,))
+            purpose: Purpose = "batch_output"
+            if self._file(db, batch.key, batch.input_file_id).purpose == "messages":
+                purpose = "messages"
             if output is not None:
                 ended.output_file_id = output
-                self._add(db, batch.key, output, "batch_output", f"{batch.id}_output.jsonl", batch.output_seconds)
+                self._add(db, batch.key, output, purpose, f"{batch.id}_output.jsonl", batch.output_seconds)
             if errors is not None:
                 ended.error_file_id = errors
-                self._add(db, batch.key, errors, "batch_output", f"{batch.id}_error.jsonl", batch.output_seconds)
+                self._add(db, batch.key, errors, purpose, f"{batch.id}_error.jsonl", batch.output_seconds)
             if unanswered is not None:
-                ended.failed = ended.total - ended.completed
+                ended.unanswered = ended.total - ended.completed - ended.failed
             begin(ended, status)
             _write(db, ended)
             db.execute("DELETE FROM answers WHERE batch = ?", (batch.id,))

@@ -65,7 +65,7 @@ async def create(request: Request) -> Response:
         metadata=asked.metadata,
         output_seconds=None if asked.output_expires_after is None else asked.output_expires_after.seconds,
     )
-    await _store(request).create(batch)
+    await _store(request).create(batch, "batch")
     _runner(request).look()
     return json_response(_told(batch))
 
@@ -126,6 +126,10 @@ def _told(batch: Batch) -> JsonObject:
         "created_at": batch.created_at,
         "expires_at": batch.expires_at,
         **{f"{status}_at": batch.times.get(status) for status in _TIMES},
-        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "request_counts": {
+            "total": batch.total,
+            "completed": batch.completed,
+            "failed": batch.failed + batch.unanswered,
+        },
         "metadata": batch.metadata,
     }
