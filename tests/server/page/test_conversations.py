@@ -15,6 +15,7 @@ import pytest
 from server_running import Running, Start
 
 from dapji.errors import UnavailableError
+from dapji.server import database
 from dapji.server.keys import Keys
 from dapji.server.page.conversations import ConversationStore, Settings, Turn, title_of
 from dapji.server.settings import Settings as ServerSettings
@@ -84,16 +85,18 @@ def test_a_conversation(page: httpx.Client) -> None:
     assert usage["prompt"] > answer["usage"]["prompt"] + answer["usage"]["generated"]
 
 
-def test_what_streams_is_what_is_kept(page: httpx.Client) -> None:
-    name = begin(page, {"model": "endless", "temperature": 0.0, "max_tokens": 450})
-    events = answered(page, name, say(page, name, "세어 봐")["number"])
-    contents = [data for kind, data in events if kind == "content"]
-    done = events[-1][1]
-    assert done["finish"] == "length"
-    assert len(contents) > 1
-    assert done.get("html", contents[-1]["open"]).startswith(contents[-1]["open"].removesuffix("</p>\n"))
-    assert done["usage"]["generated"] == 450
-    assert shown(page, name)["turns"][-1]["content"] == done["content"]
+def test_what_streams_is_what_is_kept(talkers: Running) -> None:
+    with httpx.Client(base_url=talkers.url, timeout=60) as page:
+        name = begin(page, {"model": "endless", "temperature": 0.0, "max_tokens": 8000})
+        events = answered(page, name, say(page, name, "세어 봐")["number"])
+        contents = [data for kind, data in events if kind == "content"]
+        done = events[-1][1]
+        assert (done["finish"], done["usage"]["generated"]) == ("length", 8000)
+        assert 2 < len(contents) < 800  # far fewer than tokens
+        whole = shown(page, name)["turns"][-1]
+        assert whole["content"] == done["content"]
+        assert whole["html"] == done.get("html", "".join(each["finished"] for each in contents) + contents[-1]["open"])
+        assert whole["html"].startswith(contents[-1]["open"].removesuffix("</p>\n"))
 
 
 def test_branches(page: httpx.Client) -> None:
@@ -221,16 +224,23 @@ def test_a_model_that_is_not_there(page: httpx.Client) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_who_goes_away_finds_what_was_written(page: httpx.Client, own: Running) -> None:
-    name = begin(page, {"model": "endless", "temperature": 0.0})
-    turn = say(page, name, "세어 봐")["number"]
-    with page.stream("POST", f"/page/conversations/{name}/answers", json={"parent": turn}) as answer:
+@pytest.fixture
+def long(talkers: Running) -> Iterator[httpx.Client]:
+    """Of the server where an answer takes its time."""
+    with httpx.Client(base_url=talkers.url, timeout=60) as client:
+        yield client
+
+
+def test_who_goes_away_finds_what_was_written(long: httpx.Client, talkers: Running) -> None:
+    name = begin(long, {"model": "endless", "temperature": 0.0})
+    turn = say(long, name, "세어 봐")["number"]
+    with long.stream("POST", f"/page/conversations/{name}/answers", json={"parent": turn}) as answer:
         for line in answer.iter_lines():
             if "하나" in line:
                 break
-        assert shown(page, name)["answering"] == [turn]
-    own.wait_until_idle()
-    conversation = shown(page, name)
+        assert shown(long, name)["answering"] == [turn]
+    talkers.wait_until_idle()
+    conversation = shown(long, name)
     assert conversation["answering"] == []
     question, kept = conversation["turns"]
     assert (kept["finish"], kept["parent"]) == ("stopped", question["number"])
@@ -238,13 +248,13 @@ def test_who_goes_away_finds_what_was_written(page: httpx.Client, own: Running) 
     assert conversation["leaf"] == kept["number"]
 
 
-def test_an_answer_to_what_is_deleted_meanwhile(page: httpx.Client) -> None:
-    name = begin(page, {"model": "endless", "temperature": 0.0, "max_tokens": 400})
-    turn = say(page, name, "세어 봐")["number"]
-    with page.stream("POST", f"/page/conversations/{name}/answers", json={"parent": turn}) as answer:
+def test_an_answer_to_what_is_deleted_meanwhile(long: httpx.Client) -> None:
+    name = begin(long, {"model": "endless", "temperature": 0.0, "max_tokens": 8000})
+    turn = say(long, name, "세어 봐")["number"]
+    with long.stream("POST", f"/page/conversations/{name}/answers", json={"parent": turn}) as answer:
         lines = answer.iter_lines()
         next(lines)
-        assert page.delete(f"/page/conversations/{name}").status_code == 200
+        assert long.delete(f"/page/conversations/{name}").status_code == 200
         rest = list(lines)
     assert rest[-3] == "event: error"
     assert "there is no conversation" in rest[-2]
@@ -351,7 +361,8 @@ def stored_bytes(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in files)
 
 
-def test_a_log_that_somebody_reads_is_told(tmp_path: Path) -> None:
+def test_a_log_that_somebody_reads_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_WAIT", 0.1)
     store = ConversationStore(tmp_path)
 
     async def fill() -> str:

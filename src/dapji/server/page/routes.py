@@ -149,14 +149,16 @@ async def model(request: Request) -> Response:
 
 def _thinking(model: Model) -> list[bool | str]:
     """What its template lets one choose."""
-    choices: list[bool | str] = []
-    for wanted in (True, False, "low", "medium", "high"):
+
+    def may_be(wanted: bool | str) -> bool:
         try:
             model.template.reasoning(wanted)
         except TemplateError:
-            continue
-        choices.append(wanted)
-    return choices if len(choices) > 1 else []
+            return False
+        return True
+
+    switch = [True, False] if may_be(True) and may_be(False) else []
+    return [*switch, *(("low", "medium", "high") if may_be("low") else ())]
 
 
 def _store(request: Request) -> ConversationStore:
