@@ -36,9 +36,9 @@ class LlamaCpp:
         """[prompts, V] of the token after each prompt. Raises RefusedError."""
         return np.array(self._ask("log_probabilities", path, vocab_size, [list(prompt) for prompt in prompts]))
 
-    def embeddings(self, path: Path, texts: Sequence[str]) -> NDArray[np.float64]:
-        """[texts, D], of length 1, pooled as the file says. Raises RefusedError."""
-        return np.array(self._ask("embeddings", path, texts))
+    def embeddings(self, path: Path, texts: Sequence[str], *, mean: bool = False) -> NDArray[np.float64]:
+        """[texts, D], of length 1, pooled as the file says, or by the mean. Raises RefusedError."""
+        return np.array(self._ask("embeddings", path, texts, mean))
 
     def ranking(self, path: Path, query: str, documents: Sequence[str]) -> NDArray[np.float64]:
         """[documents], by the file's own head. Raises RefusedError."""
@@ -90,8 +90,12 @@ def log_probabilities(path: str, vocab_size: int, prompts: Sequence[Sequence[int
     return answers
 
 
-def embeddings(path: str, texts: Sequence[str]) -> list[list[float]]:
-    server = serve(path, n_ctx=4096, embedding=True, n_batch=4096, n_ubatch=4096)
+def embeddings(path: str, texts: Sequence[str], mean: bool) -> list[list[float]]:
+    import xllamacpp
+
+    kinds = xllamacpp.llama_pooling_type
+    pooling = kinds.LLAMA_POOLING_TYPE_MEAN if mean else kinds.LLAMA_POOLING_TYPE_UNSPECIFIED
+    server = serve(path, n_ctx=4096, embedding=True, n_batch=4096, n_ubatch=4096, pooling_type=pooling)
     return [server.handle_embeddings({"input": text})["data"][0]["embedding"] for text in texts]
 
 

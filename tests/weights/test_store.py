@@ -132,6 +132,33 @@ def test_a_whole_repository_of_the_hub(home: Path, hub: Hub, tmp_path: Path) -> 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_what_says_how_texts_are_pooled_comes_along(home: Path, hub: Hub, tmp_path: Path, source: str) -> None:
+    """Each module's folder, in which a file has the name of the model's own; and nothing else of a folder."""
+    files = {
+        "config.json": b'{"of": "the model"}',
+        "model.safetensors": NO_TENSORS,
+        "modules.json": b"[]",
+        "config_sentence_transformers.json": b"{}",
+        "1_Pooling/config.json": b'{"of": "a module"}',
+    }
+    others = {"onnx/config.json": b"{}", "1_Pooling/other.json": b"{}", "2_Dense/model.safetensors": NO_TENSORS}
+    hub.repositories["maker/Folder"] = files | others
+    for name, content in (files | others).items():
+        (tmp_path / "Folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "Folder" / name).write_bytes(content)
+    installed = store.pull("hf:maker/Folder" if source == "hub" else f"file:{tmp_path / 'Folder'}")
+    found = {path.relative_to(installed).as_posix(): path for path in installed.rglob("*") if path.is_file()}
+    assert found.keys() == files.keys() | {"dapji.json"}
+    for name, content in files.items():
+        assert found[name].read_bytes() == content
+    record = store.read_record("folder")
+    assert record is not None
+    assert record.files.keys() == files.keys()
+    assert store.remove("folder") > 0
+    assert not installed.exists()
+
+
 @pytest.mark.parametrize(
     ("repository", "message"),
     [
