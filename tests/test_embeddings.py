@@ -39,7 +39,7 @@ END = 256
 DIM = 64
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, *, tied: bool = True) -> Path:
     """A decoder saved for itself, without a head, and a tokenizer of bytes that ends texts, but not by its EOS."""
     made = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet())}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +53,7 @@ def write_base(folder: Path) -> Path:
     ).save_pretrained(folder)
     config = transformers.Qwen3Config(
         vocab_size=260, hidden_size=DIM, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Qwen3Model(config).eval()
@@ -207,6 +207,26 @@ def test_older_names_are_read(made: dict[str, Published], copy: Path) -> None:
     (copy / "modules.json").write_text(json.dumps(modules))
     with load(copy, kv="f32") as model:
         np.testing.assert_allclose(model.embed(TEXTS), made["lasttoken"].vectors(), rtol=0, atol=TOLERANCE)
+
+
+def test_a_decoder_without_a_head_gives_embeddings_alone(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tied=False)
+    original = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+    with load(base, kv="f32") as model:
+        prepared = model.prepare_embeddings(TEXTS)
+        got = model.engine.embed(prepared.texts, pooling="last")
+        with pytest.raises(RequestError, match="without the matrix that makes logits"):
+            model.complete("a")
+        with pytest.raises(RequestError, match="without the matrix that makes logits"):
+            model.engine.score([1, 2, 3])
+    with torch.no_grad():
+        want = [original(torch.tensor([text])).last_hidden_state[0, -1].numpy() for text in prepared.texts]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)  # not of length 1
+    write_folder(open_checkpoint(base), tmp_path / "again", "F32")
+    assert open_checkpoint(tmp_path / "again").tensors.stored.keys() == original.state_dict().keys()
+    with load(tmp_path / "again", kv="f32") as model:
+        assert model.config.headless
+        np.testing.assert_array_equal(model.engine.embed(prepared.texts, pooling="last"), got)
 
 
 @pytest.fixture(scope="module")

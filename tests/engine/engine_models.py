@@ -57,7 +57,7 @@ class HashExecutor:
         on_step: Callable[[], None] | None = None,
         logits: Callable[[NDArray[np.int32]], NDArray[np.float32]] = hash_logits,
     ) -> None:
-        self.config = SimpleNamespace(vocab_size=VOCAB, dim=VOCAB)
+        self.config = SimpleNamespace(vocab_size=VOCAB, dim=VOCAB, headless=False)
         self.context = context
         self.n_blocks = n_blocks
         self.batches: list[Batch] = []

@@ -20,7 +20,7 @@ from dapji.engine.base import BaseEngine, Deliver, Handle
 from dapji.engine.generation import Embedding, Generation, Job, Scoring
 from dapji.engine.request import Request
 from dapji.engine.scheduler import Chunk, Scheduler
-from dapji.errors import ContextError, UsageError
+from dapji.errors import ContextError, RequestError, UsageError
 from dapji.models.config import Pooling
 from dapji.ops.batch import KV_BLOCK
 
@@ -94,6 +94,7 @@ class Engine(BaseEngine):
     def _submit_generation(
         self, request: Request, prompt: NDArray[np.int32], room: int, stop_tokens: frozenset[int], deliver: Deliver
     ) -> Handle:
+        self._check_head()
         tokens = np.empty(len(prompt) + room, dtype=np.int32)
         tokens[: len(prompt)] = prompt
         job = Generation(
@@ -107,6 +108,7 @@ class Engine(BaseEngine):
         return self._submit(job)
 
     def _submit_scoring(self, tokens: NDArray[np.int32], start: int, n_top: int, deliver: Deliver) -> Handle:
+        self._check_head()
         if len(tokens) - 1 > self.context:
             raise ContextError(
                 f"the text ({len(tokens)} tokens, of which {len(tokens) - 1} are read) exceeds the context "
@@ -114,6 +116,13 @@ class Engine(BaseEngine):
                 hint="score it in pieces, or open the model with a longer context",
             )
         return self._submit(Scoring(tokens, start=start, n_top=n_top, deliver=deliver))
+
+    def _check_head(self) -> None:
+        if self._executor.config.headless:
+            raise RequestError(
+                "the model was published without the matrix that makes logits, so it writes and scores nothing",
+                hint="it gives embeddings",
+            )
 
     def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, deliver: Deliver) -> Handle:
         return self._submit(Embedding(tokens, pooling=pooling, deliver=deliver))

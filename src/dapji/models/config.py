@@ -134,6 +134,8 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     tied_head: bool
     """The head is the embedding matrix."""
+    headless: bool = False
+    """Logits mean nothing: the decoder was published for its hidden states, without a head. tied_head stands in."""
     norm_offset: float = 0.0
     """Norms multiply by this + weight."""
     embed_scale: float = 1.0

@@ -80,6 +80,7 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
     head_name, embed_name = family.hf.name("head"), family.hf.name("embed")
     if embed_name not in stored and embed_name.removeprefix(_HF_DECODER) in stored:
         stored = {_HF_DECODER + name: tensor for name, tensor in stored.items()}
+        config = replace(config, headless=not config.tied_head, tied_head=True)
     given = fp8.dequantized(config_json, stored)
     if config.tied_head and (head := given.pop(head_name, None)) is not None:
         embed = given.get(embed_name)
@@ -151,7 +152,11 @@ def to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
     tensors by their names there. Raises ConfigError where the family's config.json cannot say something."""
     family = _family(config)
     config_json = {"model_type": family.name, "architectures": [family.hf_architecture], **family.to_hf(config)}
-    return config_json, give(family.hf.all_rules(config), tensors)
+    named = give(family.hf.all_rules(config), tensors)
+    if config.headless:
+        config_json["tie_word_embeddings"] = False
+        named = {name.removeprefix(_HF_DECODER): tensor for name, tensor in named.items()}
+    return config_json, named
 
 
 def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
