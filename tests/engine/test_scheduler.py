@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from dapji.engine.scheduler import MAX_ROWS, Scheduler, Sequence
-from dapji.ops.batch import Batch
+from dapji.ops.batch import KV_BLOCK, Batch
 
 
 def sequence(n_prompt: int, *, room: int = 0, wanted: int | None = None, first: int = 0) -> Sequence:
@@ -246,3 +246,53 @@ def test_blocks_are_published_without_rejected_proposals() -> None:
         assert (stream.computed, plan.pool.find(stream.tokens).n_tokens) == (computed, computed)
     plan.remove(stream)
     assert plan.pool.available == 100
+
+
+def in_background(made: Sequence) -> Sequence:
+    made.background = True
+    return made
+
+
+def test_the_background_waits_behind_those_who_came_later() -> None:
+    plan = scheduler(max_running=1)
+    first, line, other = sequence(5, first=0), in_background(sequence(5, first=100)), sequence(5, first=200)
+    for each in (first, line, other):
+        plan.add(each)
+    assert [list(step(plan)) for _ in range(3)] == [[first], [other], [line]]
+
+
+def test_who_waits_for_blocks_takes_those_of_the_background() -> None:
+    plan = scheduler(n_blocks=4, mixed=KV_BLOCK)
+    lines = [in_background(sequence(KV_BLOCK, room=KV_BLOCK, first=1000 * i)) for i in range(2)]
+    for line in lines:
+        plan.add(line)
+    while lines[0].remaining > 1 or lines[1].remaining > 1:
+        step(plan)
+    step(plan)
+    assert not plan.pool.available
+    plan.add(large := sequence(2 * KV_BLOCK, first=5000))
+    done: list[Sequence] = []
+    while plan.busy:
+        taken = step(plan)
+        done += [each for each in (large, *lines) if each not in plan and each not in done]
+        if large in plan:
+            assert large in taken, "it does not wait for the background"
+    assert done == [large, *lines]
+    assert all(line.length == 2 * KV_BLOCK for line in lines), "they are computed again, to their ends"
+
+
+def test_who_grows_takes_blocks_of_the_background_however_old_that_is() -> None:
+    plan = scheduler(n_blocks=3, mixed=KV_BLOCK)
+    line = in_background(sequence(KV_BLOCK, room=KV_BLOCK, first=1000))
+    plan.add(line)
+    while line.remaining > 1:
+        step(plan)
+    plan.add(stream := sequence(KV_BLOCK, room=KV_BLOCK + 1, first=0))
+    steps = 0
+    while stream in plan:
+        assert stream in step(plan)
+        steps += 1
+    assert steps < 2 * KV_BLOCK + 10
+    while plan.busy:
+        step(plan)
+    assert line.length == 2 * KV_BLOCK

@@ -176,6 +176,7 @@ def test_a_batch(client: openai.OpenAI, server: Running) -> None:
     [
         ("/v1/completions", {"prompt": "\n", "max_tokens": 20}, ("choices", 0, "text")),
         ("/v1/responses", {"input": "안녕", "store": False}, ("output", 0, "content", 0, "text")),
+        ("/v1/embeddings", {"input": "안녕"}, ("data", 0, "object")),
     ],
 )
 def test_other_endpoints(client: openai.OpenAI, endpoint: str, body: dict[str, Any], path: tuple[Any, ...]) -> None:
@@ -185,7 +186,7 @@ def test_other_endpoints(client: openai.OpenAI, endpoint: str, body: dict[str, A
     found = answer["response"]["body"]
     for step in path:
         found = found[step]
-    assert found == ANSWER
+    assert found == ("embedding" if endpoint == "/v1/embeddings" else ANSWER)
 
 
 def test_what_is_wrong_with_a_file_is_told_by_its_line(client: openai.OpenAI) -> None:
@@ -378,8 +379,10 @@ def test_requests_of_clients_pass_a_batch(start_server: Start, tmp_path: Path) -
     server = start_server(Settings(folder=tmp_path, max_running=2), context=4096)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         batch = begin(client, *LONG)
-        while server.service.gate.running == 0:
+        endless = server.service.registry.models["endless"]
+        while endless.model is None or not endless.model.engine._scheduler.busy:
             time.sleep(0.01)
+        assert all(sequence.background for sequence in list(endless.model.engine._scheduler))
         answer = client.chat.completions.create(model="answer", messages=HELLO, temperature=0)  # type: ignore[arg-type]
         assert answer.choices[0].message.content == ANSWER
         assert (server.service.gate.running, server.service.active) == (1, 0)

@@ -55,6 +55,7 @@ class Generation(Job):
         ids below it can be drawn. speculate: propose tokens."""
         n_prompt = len(request.prompt)
         super().__init__(tokens, length=n_prompt, wanted=n_prompt - 1, deliver=deliver)
+        self.background = request.background
         self._request = request
         self._n_prompt = n_prompt
         self._stop_tokens = stop_tokens

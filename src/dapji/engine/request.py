@@ -123,6 +123,8 @@ class Request:
     """None: any token may come. It decides of stop tokens too."""
     logprobs: int | None = None
     """None: none. n: log-probability of each generated token and of the n likeliest."""
+    background: bool = False
+    """Others go first: it waits behind them, and gives up its KV blocks for them and is computed again later."""
 
     def __post_init__(self) -> None:
         if len(self.prompt) == 0:

@@ -16,6 +16,8 @@ The policy, in full:
   full.
 - A sequence that needs a block when none is left takes those of the youngest, which goes back to the head of the
   queue and is computed again later (its tokens are kept). The oldest always advances, so every sequence ends.
+- Sequences in the background come after all others: in the queue, and where blocks are short, also of one that waits to
+  be admitted. Beside streams that are not, their tokens are computed as any.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class Sequence:
 
     wants_hidden = False
     """Hidden states rather than logits."""
+    background = False
+    """Others go first."""
 
     def __init__(self, tokens: NDArray[np.int32], *, length: int, wanted: int) -> None:
         """tokens: room for all that the sequence may ever hold, the first `length` filled."""
@@ -194,20 +198,39 @@ class Scheduler(Generic[S]):
             sequence = self._running[i]
             if sequence.length > len(sequence.blocks) * KV_BLOCK:
                 if not self.pool.available:
-                    youngest = self._running.pop()
-                    youngest.release(self.pool)
-                    self._waiting.appendleft(youngest)
+                    background = self._youngest_in_background()
+                    last = len(self._running) - 1 if background is None else background
+                    self._send_back(last)
+                    i -= last < i
                     continue
                 sequence.blocks.append(self.pool.allocate())
             i += 1
 
+    def _youngest_in_background(self) -> int | None:
+        """Its place among those that run."""
+        return max((i for i, sequence in enumerate(self._running) if sequence.background), default=None)
+
+    def _send_back(self, i: int) -> None:
+        sequence = self._running.pop(i)
+        sequence.release(self.pool)
+        self._waiting.appendleft(sequence)
+
+    def _enter(self, sequence: S) -> bool:
+        """Whether it has its blocks, those of the background if need be."""
+        while not sequence.admit(self.pool):
+            youngest = None if sequence.background else self._youngest_in_background()
+            if youngest is None:
+                return False
+            self._send_back(youngest)
+        return True
+
     def _admit(self) -> None:
-        for sequence in tuple(self._waiting):
+        for sequence in sorted(self._waiting, key=lambda sequence: sequence.background):
             if len(self._running) == self._max_running:
                 break
             if any(sequence.awaits(other) for other in self._running):
                 continue
-            if not sequence.admit(self.pool):
+            if not self._enter(sequence):
                 break
             self._waiting.remove(sequence)
             self._running.append(sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -160,6 +160,8 @@ class Service:
                     prepared = await asyncio.to_thread(_prepared, prepare(opened), n, dict(options))
                 self._charge_prompts(key, sum(len(each.request.prompt) for each in prepared[::n]))
                 for each in prepared:
+                    if record.background:
+                        each = replace(each, request=replace(each.request, background=True))
                     replies.append(_Timed(opened, each, record, self.metrics, deadline))
                 yield Answers(name, opened, replies)
             finally:
