@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -77,3 +79,56 @@ def test_stored_responses_outlive_a_kill(tmp_path: Path) -> None:
             assert client.responses.retrieve(id).output_text == text
         going_on = client.responses.create(model="model", input="Hi\n", previous_response_id=next(iter(kept)))
         assert going_on.status == "completed"
+
+
+def test_conversations_of_the_page_outlive_a_kill(tmp_path: Path) -> None:
+    script = [f"{i} " for i in range(150)] + SCRIPT
+    model = write_tiny(tmp_path / "model.gguf", script)
+    told: dict[str, list[dict[str, Any]]] = {}
+    n_answers = 0
+    enough = threading.Event()
+
+    def keep_asking(url: str) -> None:
+        nonlocal n_answers
+        try:
+            with httpx.Client(base_url=url, timeout=60) as page:
+                name = page.post("/page/conversations", json={"settings": {"temperature": 0.0}}).json()["id"]
+                turns, parent = told.setdefault(name, []), None
+                while True:
+                    asked = page.post(
+                        f"/page/conversations/{name}/turns", json={"content": "안녕\n", "parent": parent}
+                    ).json()
+                    turns.append(asked)
+                    with page.stream(
+                        "POST", f"/page/conversations/{name}/answers", json={"parent": asked["number"]}
+                    ) as answer:
+                        for event in answer.iter_lines():
+                            if event.startswith("data: ") and '"finish"' in event:
+                                turns.append(json.loads(event.removeprefix("data: ")))
+                                parent = None if parent else turns[-1]["number"]  # another branch, or further
+                                n_answers += 1
+                                if n_answers >= STREAMS:
+                                    enough.set()
+        except httpx.HTTPError:
+            return  # the server is gone
+
+    with serving(model, tmp_path) as (process, url):
+        threads = [threading.Thread(target=keep_asking, args=(url,)) for _ in range(STREAMS)]
+        for thread in threads:
+            thread.start()
+        assert enough.wait(120)
+        running = httpx.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    assert re.search(r"^dapji_requests_running [1-9]", running, re.MULTILINE), "some were under way"
+    with sqlite3.connect(tmp_path / "server" / "conversations.db") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    with serving(model, tmp_path) as (_, url), httpx.Client(base_url=url) as page:
+        for name, turns in told.items():
+            kept = {turn["number"]: turn for turn in page.get(f"/page/conversations/{name}").json()["turns"]}
+            assert all(
+                kept[turn["number"]] == {"html": kept[turn["number"]].get("html")} | turn for turn in turns[1::2]
+            )
+            assert all(kept[turn["number"]] == turn for turn in turns[::2])

@@ -139,6 +139,7 @@ function write(parent) {
   new Writing(conversation, parent, ended);
   redraw();
   toEnd();
+  focusBox();
   refresh().then(() => {
     const title = find("list").querySelector(`a[href="#${conversation.id}"] span`)?.textContent;
     if (title !== undefined) conversation.title = title;
@@ -167,7 +168,6 @@ function stop() {
 async function edit(turn, content) {
   try {
     await say(state.conversation, turn.parent, content, turn.files);
-    focusBox();
   } catch (problem) {
     fail(problem);
   }
@@ -218,12 +218,7 @@ function shortcut(event) {
     event.preventDefault();
     beginNew();
   } else if (key === "escape" && document.querySelector("dialog[open], :popover-open") === null) {
-    if (document.body.classList.contains("drawer")) {
-      openDrawer(false);
-      find("menu").focus();
-    } else {
-      stop();
-    }
+    if (!openDrawer(false)) stop();
   } else if (key === "?" && !inText && !control) {
     showHelp();
   }

@@ -7,6 +7,8 @@ import { saveFile } from "./files.js";
 import { number, t } from "./i18n.js";
 import { state } from "./state.js";
 
+const NARROW = matchMedia("(max-width: 50rem)"); // as in chat.css
+
 let listed = [];
 let more = false;
 let latest = 0;
@@ -21,7 +23,11 @@ export function startSide(given) {
     timer = setTimeout(refresh, 150);
   });
   find("more").addEventListener("click", () => load(listed.length));
-  find("menu").addEventListener("click", () => openDrawer(!document.body.classList.contains("drawer")));
+  find("menu").addEventListener("click", () => {
+    openDrawer(true);
+    find("new").focus();
+  });
+  NARROW.addEventListener("change", () => openDrawer(false));
   for (const id of ["veil", "list"]) {
     find(id).addEventListener("click", (event) => event.target.closest(".veil, a") && openDrawer(false));
   }
@@ -30,10 +36,14 @@ export function startSide(given) {
   find("popup").addEventListener("keydown", moveInPopup);
 }
 
-/** On narrow screens the list lies over the thread. */
+/** On narrow screens the list lies over the rest of the page; whether it was moved. */
 export function openDrawer(open) {
-  document.body.classList.toggle("drawer", open);
+  if (document.body.classList.contains("drawer") === (open && NARROW.matches)) return false;
+  document.body.classList.toggle("drawer");
   find("menu").setAttribute("aria-expanded", open);
+  for (const behind of document.querySelectorAll("main, .bar")) behind.inert = open;
+  if (!open) find("menu").focus();
+  return true;
 }
 
 /** Asks for the list anew. */
