@@ -28,7 +28,7 @@ def train(tmp_path: Path) -> Path:
 
 def test_report(train: Path, tiny: Path, dapji: Dapji, tmp_path: Path) -> None:
     exam = tmp_path / "exam.json"
-    exam.write_text(json.dumps([{"prompt": "Please name the largest ocean on this planet. It", "completion": " is"}]))
+    exam.write_text(json.dumps([{"prompt": "Please name the largest ocean on this planet. It", "completion": " is."}]))
     shown = dapji("data", "check", train, "--model", tiny, "--eval", exam, "--show", 1)
     assert (shown.code, shown.err) == (1, "")
     lengths = [
@@ -44,7 +44,7 @@ def test_report(train: Path, tiny: Path, dapji: Dapji, tmp_path: Path) -> None:
         f"  {train}:3 = {train}:1",
         "1 say nearly the same as an earlier row",
         f"  {train}:4 ~ {train}:2 (0.",
-        f"1 of 1 rows of {exam} share 8 words in a row with an example",
+        f"1 of 1 rows of {exam} ask what stands in an example (8 words in a row)",
         "2 cannot be learned",
         f"  {train}:5: messages[1] is an empty answer",
         f"  {train}:6: the fields instruction are not those of 'alpaca': instruction + output",

@@ -54,15 +54,21 @@ def test_near_duplicates_are_those_of_exact_sets() -> None:
 def test_overlaps_are_runs_of_words() -> None:
     draw = random.Random(1)
     words = ["하나", "둘", "셋", "넷", "a", "b", "c", "d"]
-    texts = [" ".join(draw.choices(words, k=draw.randint(0, 25))) for _ in range(200)]
-    others = [" ".join(draw.choices(words, k=draw.randint(0, 12))) for _ in range(100)] + texts[:3]
+    texts = ["\n".join(" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(2)) for _ in range(200)]
+    others = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(100)] + [
+        line for text in texts[:5] for line in text.split("\n")
+    ]
 
     def runs(text: str) -> set[tuple[str, ...]]:
         split = text.split()
-        return {tuple(split[i : i + RUN]) for i in range(len(split) - RUN + 1)} or {("whole", *split)}
+        return {tuple(split[i : i + RUN]) for i in range(len(split) - RUN + 1)}
 
     def first(other: str) -> int | None:
-        return next((i for i, text in enumerate(texts) if runs(text) & runs(other)), None)
+        short = len(other.split()) < RUN
+        return next(
+            (i for i, text in enumerate(texts) if (other in text.split("\n") if short else runs(text) & runs(other))),
+            None,
+        )
 
     expected = [(i, found) for i, other in enumerate(others) if (found := first(other)) is not None]
     assert 5 < len(expected) < len(others)

@@ -16,6 +16,8 @@ from dapji.cli.console import visible, wants_colour
 if TYPE_CHECKING:
     from dapji.training.data.report import Report, Shown
 
+MAX_SHOWN = 400
+"""Characters of each part of an example, learned or not, at its beginning and at its end."""
 MAX_LISTED = 10
 """Lines of each kind that the report for people lists."""
 BARS = 12
@@ -168,7 +170,7 @@ def _print(report: Report, context: int, evaluation: Path | None) -> None:
     near = [f"{line} ~ {earlier} ({similarity:.2f})" for line, earlier, similarity in report.near]
     _list("say nearly the same as an earlier row", near)
     if evaluation is not None:
-        title = f"of {report.evaluation_rows:,} rows of {evaluation} share 8 words in a row with an example"
+        title = f"of {report.evaluation_rows:,} rows of {evaluation} ask what stands in an example (8 words in a row)"
         _list(title, [f"{line} with {other}" for line, other in report.overlap], always=True)
     _list("cannot be learned", [f"{line}: {reason}" for line, reason, _ in report.invalid])
     for hint in dict.fromkeys(hint for _, _, hint in report.invalid if hint):
@@ -199,6 +201,9 @@ def _show(shown: Shown) -> None:
 
 def _marked(pieces: Iterable[tuple[str, bool]], coloured: bool) -> Iterable[str]:
     for text, learned in pieces:
+        if len(text) > 2 * MAX_SHOWN:
+            left_out = len(text) - 2 * MAX_SHOWN
+            text = f"{text[:MAX_SHOWN]} … {left_out:,} characters … {text[-MAX_SHOWN:]}"
         if coloured:
             yield click.style(visible(text), fg="green" if learned else None, dim=not learned)
         else:
@@ -215,9 +220,9 @@ def _histogram(ordered: Sequence[int]) -> list[str]:
     counts = [0] * (BARS + 1)
     for length in ordered:
         counts[min(length // step, BARS)] += 1
-    last = max(i for i, n in enumerate(counts) if n)
+    first, *_, last = [i for i, n in enumerate(counts) if n] * 2
     lines = []
-    for i, n in enumerate(counts[: last + 1]):
+    for i, n in list(enumerate(counts))[first : last + 1]:
         span = f"{i * step:,}-{(i + 1) * step - 1:,}" if i < BARS else f"{i * step:,}-"
         bar = "█" * -(-n * WIDTH // max(counts))
         lines.append(f"{span:>15} {bar} {n:,}")

@@ -39,7 +39,8 @@ class Dataset:
         self._good: NDArray[np.int8] = arrays["good"]
         if (
             len(self._tokens) != len(self._learned)
-            or min(len(self._sequences), len(self._samples)) < 2
+            or not _rises(self._sequences)
+            or not _rises(self._samples)
             or self._sequences[-1] != len(self._tokens)
             or self._samples[-1] != len(self._sequences) - 1
             or len(self._good) != len(self._samples) - 1
@@ -88,6 +89,10 @@ class Dataset:
         bounds = self._sequences[self._samples[index] : self._samples[index + 1] + 1].tolist()
         sequences = tuple(Sequence(ids=self._tokens[a:b], learned=self._learned[a:b]) for a, b in pairwise(bounds))
         return Sample(sequences=sequences, good=None if self._good[index] < 0 else bool(self._good[index]))
+
+
+def _rises(bounds: NDArray[np.int64]) -> bool:
+    return len(bounds) > 1 and bounds[0] == 0 and bool((np.diff(bounds) > 0).all())
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

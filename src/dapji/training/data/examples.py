@@ -24,19 +24,20 @@ class Conversation:
 
     @property
     def texts(self) -> list[str]:
-        """What was asked and answered, for comparing examples: not what a system message says, which many share."""
+        """What was asked and answered, for comparing examples; not what a system message says, which many share."""
         found = []
         for message in self.messages:
             if message["role"] in ("system", "developer"):
                 continue
-            content = message.get("content")
-            if isinstance(content, str):
-                found.append(content)
-            elif content:
-                found += [part["text"] for part in content]
+            found.append(_content(message))
             for call in message.get("tool_calls", ()):
                 found.append(f"{call['function']['name']} {call['function']['arguments']}")
         return found
+
+    @property
+    def asked(self) -> str:
+        """By the last message of a user."""
+        return next((_content(message) for message in reversed(self.messages) if message["role"] == "user"), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ class Text:
     def texts(self) -> list[str]:
         return [self.prompt, self.text]
 
+    @property
+    def asked(self) -> str:
+        """The prompt, or where there is none the text."""
+        return self.prompt or self.text
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
@@ -62,6 +68,10 @@ class Preference:
     @property
     def texts(self) -> list[str]:
         return self.chosen.texts + self.rejected.texts
+
+    @property
+    def asked(self) -> str:
+        return self.chosen.asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,5 +85,14 @@ class Rated:
     def texts(self) -> list[str]:
         return self.answer.texts
 
+    @property
+    def asked(self) -> str:
+        return self.answer.asked
+
 
 Example: TypeAlias = Conversation | Text | Preference | Rated
+
+
+def _content(message: Message) -> str:
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

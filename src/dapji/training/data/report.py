@@ -48,7 +48,7 @@ class Report:
     """A line, an earlier one that says nearly the same, and how nearly (`similar.near_duplicates`)."""
     evaluation_rows: int = 0
     overlap: list[tuple[str, str]] = field(default_factory=list)
-    """A line of the evaluation file, and the first that shares words with it (`similar.overlaps`)."""
+    """A line of the evaluation file, and the first with words of what it asks (`similar.overlaps`)."""
     shown: list[Shown] = field(default_factory=list)
 
 
@@ -95,7 +95,8 @@ def check(
             if entry.error is not None:
                 report.invalid.append((entry.where, entry.error.message, entry.error.hint))
             else:
-                others[entry.where] = _said(entry)
+                assert entry.example is not None
+                others[entry.where] = similar.normalised(entry.example.asked)
         report.evaluation_rows = len(others)
         names = list(others)
         report.overlap = [(names[o], where[t]) for o, t in similar.overlaps(texts, list(others.values()))]
@@ -113,7 +114,7 @@ def _count(report: Report, entry: Entry) -> None:
 
 def _said(entry: Entry) -> str:
     assert entry.example is not None
-    return similar.normalised("\n".join(entry.example.texts))
+    return "\n".join(map(similar.normalised, entry.example.texts))
 
 
 def _shown(entry: Entry, tokenizer: Tokenizer) -> Shown:
