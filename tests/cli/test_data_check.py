@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 from in_process import Dapji
 
@@ -53,6 +56,17 @@ def test_report(train: Path, tiny: Path, dapji: Dapji, tmp_path: Path) -> None:
         "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n⟦4, 답.<|im_end|>⟧\n",
     ):
         assert line in shown.out, line
+
+
+def test_what_is_learned_is_green_on_a_terminal(train: Path, tiny: Path) -> None:
+    arguments = ["-m", "dapji", "data", "check", str(train), "--model", str(tiny), "--show", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    terminal = pexpect.spawn(sys.executable, arguments, env=environment, encoding="utf-8", timeout=60)
+    shown = terminal.read().replace("\r\n", "\n")
+    terminal.close()
+    assert terminal.exitstatus == 1
+    assert "\x1b[2m<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n\x1b[0m" in shown
+    assert "\x1b[32m\x1b[22m4, 답.<|im_end|>\x1b[0m" in shown
 
 
 def test_json(train: Path, tiny: Path, dapji: Dapji) -> None:
