@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dapji.chat.formats import ANY_TOOL, Content, Event, Parser, Reasoning, ToolCall, ToolChoice
 from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
-from dapji.errors import ConfigError, RequestError, TokenizerError
+from dapji.errors import ConfigError, RequestError, TokenizerError, UsageError
 from dapji.models import families
 from dapji.models.config import ModelConfig, Pooling
 from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
@@ -37,6 +37,7 @@ from dapji.weights.panel_cache import PanelCache
 if TYPE_CHECKING:
     from dapji.chat import ChatTemplate
     from dapji.chat.grammar import Grammar, Grammars
+    from dapji.engine.vllm_http import Address
 
 DEFAULT_CONTEXT = 8192
 """Tokens, or the model's own limit where that is shorter: keeps the cache of a small model in tens of MB."""
@@ -44,6 +45,8 @@ DEFAULT_CONTEXT = 8192
 CHAT_SAMPLING: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.9}
 """For models whose files do not say how to draw."""
 
+_PROBE = "def f(x): return 3.14159  # 안녕, été\n"
+"""A text that hardly two vocabularies cut alike."""
 _PENALTY = "repetition_penalty"
 _GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "typical_p", _PENALTY)
 """Of generation_config.json."""
@@ -158,6 +161,27 @@ def load(
     engine = Engine(opened, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, speculate=speculate)
     memory = files.checkpoint.nbytes + n_blocks * block_bytes
     return Model(files, tokenizer, engine, executor=opened, memory=memory)
+
+
+def load_on_vllm(path: Path, address: Address) -> Model:
+    """The model of a folder, whose tokens a vLLM server computes that has the same folder.
+
+    Raises what `load` raises, UnavailableError where the server does not answer, UsageError where it reads a text
+    otherwise than the folder's tokenizer does.
+    """
+    from dapji.engine.vllm import VllmEngine  # asyncio takes its time, which a chat in the terminal can do without
+
+    files = open_files(path)
+    tokenizer = files.tokenizer()
+    engine = VllmEngine(address, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
+    theirs, ours = engine.tokenize(_PROBE), tokenizer.encode(_PROBE)
+    if theirs != ours:
+        engine.close()
+        raise UsageError(
+            f"vLLM at {address} serves another model than {path}: it reads {_PROBE!r} as {theirs}, the folder's "
+            f"tokenizer as {ours}"
+        )
+    return Model(files, tokenizer, engine, memory=0)
 
 
 class Model:

@@ -34,6 +34,11 @@ class Grammar:
     parts: str
     """JSON: a list of grammars as llguidance has them, the first the whole, which may name the others."""
 
+    @property
+    def source(self) -> str:
+        """As llguidance reads it."""
+        return json.dumps({"grammars": json.loads(self.parts)})
+
     @staticmethod
     def json_schema(schema: Mapping[str, Any] | bool, where: str = "the JSON schema") -> Grammar:
         """JSON that is valid under a schema (draft 2020-12).
@@ -85,10 +90,11 @@ class Grammars:
 
     def start(self, grammar: Grammar) -> Constraint:
         """For one answer. Raises RequestError where the grammar cannot be compiled; names what it has not."""
-        return Constraint(self._compiled(grammar).deep_copy(), self._vocab_size, self._threads)
+        matcher = self._compiled(grammar).deep_copy()
+        return Constraint(matcher, grammar.source, self._vocab_size, self._threads)
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._tokenizer, json.dumps({"grammars": json.loads(grammar.parts)}))
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source)
         if matcher.is_error():
             raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
         return matcher
@@ -97,7 +103,10 @@ class Grammars:
 class Constraint:
     """The tokens that may come next, given those so far: what `Request.constraint` wants."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, matcher: llguidance.LLMatcher, source: str, vocab_size: int, threads: ThreadPoolExecutor
+    ) -> None:
+        self.source = source
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._threads = threads

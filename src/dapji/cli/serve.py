@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import click
 
 from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, speculate_option
-from dapji.errors import UnavailableError, UsageError
+from dapji.cli.vllm import check_engine_options, engine_options, model_on_vllm
+from dapji.errors import DapjiError, UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from dapji.model import Model
 
 PORT = 8410
 SELF_SIGNED = "--tls-self-signed makes a certificate that those trust whom you let"
@@ -75,7 +82,11 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @context_option
 @executor_options
 @speculate_option
+@engine_options
+@click.pass_context
 def command(
+    call: click.Context,
+    /,
     models: tuple[str, ...],
     host: str,
     port: int,
@@ -91,6 +102,10 @@ def command(
     timeout: float | None,
     grace: float,
     log: Literal["text", "json"],
+    engine: Literal["dapji", "vllm"],
+    vllm_command: str,
+    vllm_url: str | None,
+    context: int | None,
     **values: Any,
 ) -> None:
     """Answer over HTTP, in the protocols of OpenAI, Anthropic and Ollama, with these models.
@@ -101,6 +116,9 @@ def command(
     Only this machine may ask, unless --host is given. Clients need a key as soon as there is one
     (`dapji key`). GET /metrics is for Prometheus.
 
+    With --engine vllm a vLLM server computes the tokens of one model, a folder of safetensors: one that
+    is started, and ends with this one, or one that runs already.
+
     \b
     Examples:
       dapji serve smollm2-135m
@@ -110,11 +128,13 @@ def command(
         --tls-cert cert.pem --tls-key key.pem
       dapji key add me && dapji serve --host 192.168.1.5 --tls-self-signed
       dapji serve --log json --timeout 600 2>> requests.jsonl
+      dapji serve ./model --engine vllm --vllm-command "vllm serve --tensor-parallel-size 4"
 
     \b
     Stop with Ctrl-C or SIGTERM: answers under way are finished, a second one ends them.
     Exit codes: 0 stopped, 1 failed, 2 wrong usage.
     """
+    check_engine_options(call)
     try:
         from dapji.server.app import create_app
         from dapji.server.listener import Listener, bind
@@ -167,31 +187,46 @@ def command(
         origins=tuple(map(_origin, origins)),
     )
     kv_bytes = round(kv_memory * 1e9)
-    registry = Registry(
-        names,
-        load=lambda path: load(path, kv_memory=kv_bytes, **values),
-        memory=None if memory is None else round(memory * 1e9),
-        kv_memory=kv_bytes,
-    )
+    opened: Callable[[Path], Model] = partial(load, context=context, kv_memory=kv_bytes, **values)
     renew = None
     if tls_self_signed:
         authority = Authority(settings.folder / "tls", settings.hosts)
         authority.renew()
         tls, renew = (authority.certificate, authority.certificate), authority.renew
-    listening = bind(host, port)
-    configure(log)
-    click.echo(f"models: {', '.join(registry.models)}", err=True)
-    if tls_self_signed:
-        click.echo(
-            f"clients trust the authority {authority.path}: curl --cacert FILE, SSL_CERT_FILE=FILE for Python, "
-            "NODE_EXTRA_CA_CERTS=FILE for Node",
-            err=True,
+    with ExitStack() as held:
+        process = None
+        if engine == "vllm":
+            bind(host, port).close()  # what is wrong with it shows before vLLM takes its minutes
+            model, process = held.enter_context(model_on_vllm(names, vllm_command, vllm_url, context=context))
+            opened, kv_bytes = lambda path: model, 0
+        registry = Registry(
+            names, load=opened, memory=None if memory is None else round(memory * 1e9), kv_memory=kv_bytes
         )
-    address = f"[{host}]" if ":" in host else host
-    url = f"{'https' if tls else 'http'}://{address}:{listening.getsockname()[1]}"
-    click.echo(f"to chat, open {url}/ in a browser", err=True)
-    click.echo(f"listening on {url}", err=True)
-    Listener(create_app(registry, settings, keys=known), tls=tls, renew=renew).run([listening])
+        listening = bind(host, port)
+        configure(log)
+        click.echo(f"models: {', '.join(registry.models)}", err=True)
+        if tls_self_signed:
+            click.echo(
+                f"clients trust the authority {authority.path}: curl --cacert FILE, SSL_CERT_FILE=FILE for Python, "
+                "NODE_EXTRA_CA_CERTS=FILE for Node",
+                err=True,
+            )
+        address = f"[{host}]" if ":" in host else host
+        url = f"{'https' if tls else 'http'}://{address}:{listening.getsockname()[1]}"
+        click.echo(f"to chat, open {url}/ in a browser", err=True)
+        click.echo(f"listening on {url}", err=True)
+        listener = Listener(create_app(registry, settings, keys=known), tls=tls, renew=renew)
+        failures: list[DapjiError] = []
+
+        def fail(error: DapjiError) -> None:
+            failures.append(error)
+            listener.stop()
+
+        if process is not None:
+            process.watch(fail)
+        listener.run([listening])
+    if failures:
+        raise failures[0]
 
 
 def _tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:

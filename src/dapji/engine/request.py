@@ -92,6 +92,10 @@ class Sampling:
 class Constraint(Protocol):
     """Which tokens may come next. For one answer; the engine's thread alone calls it."""
 
+    source: str
+    """The grammar as llguidance reads it, for an engine that computes the masks itself: JSON, {"grammars": [...]}, the
+    first the whole, which may name the others as @NAME."""
+
     def allowed(self) -> NDArray[np.bool_]:
         """[V]. Should have been computed beside the step; what it raises ends the request."""
         ...
