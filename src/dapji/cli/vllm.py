@@ -98,9 +98,20 @@ def model_on_vllm(
             address = Address.of_url(url, key=os.environ.get(_KEY))
         else:
             start = time.monotonic()
-            process = held.enter_context(VllmProcess(shlex.split(command), path, context=context))
+            process = held.enter_context(VllmProcess(_words(command), path, context=context))
             click.echo(f"starting {process}", err=True)
             process.wait_until_ready()
             address = process.address
             click.echo(f"vLLM is ready after {time.monotonic() - start:.0f} s", err=True)
         yield held.enter_context(load_on_vllm(path, address)), process
+
+
+def _words(command: str) -> list[str]:
+    """As a shell reads it."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"--vllm-command {command!r} cannot be read: {error}") from None
+    if not words:
+        raise UsageError("--vllm-command is empty", hint=_COMMAND)
+    return words

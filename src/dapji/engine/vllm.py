@@ -379,7 +379,7 @@ def _structured(source: str) -> dict[str, str]:
         else:
             inside = f"%lark {{\n{grammar['lark_grammar']}\n}}"
         rule = f"dapji_{grammar['name']}"
-        lark = f"{re.sub(rf'@{grammar['name']}\\b', rule, lark)}\n{rule}: {inside}"
+        lark = re.sub(rf"@{re.escape(grammar['name'])}\b", rule, lark) + f"\n{rule}: {inside}"
     return {"grammar": lark}
 
 

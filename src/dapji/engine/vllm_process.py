@@ -93,10 +93,11 @@ class VllmProcess:
     def close(self) -> None:
         """Ends it and all that it has started. May be repeated."""
         self._stopping = True
-        self._signal(signal.SIGTERM)
+        self._process.terminate()  # it ends what it has started
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE)
-        self._signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # nothing is left
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._home.cleanup()
 
@@ -107,10 +108,6 @@ class VllmProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # all have ended
-            os.killpg(self._process.pid, number)
 
     def _death(self) -> UnavailableError:
         code = self._process.returncode
