@@ -121,7 +121,12 @@ def answers(model: Model) -> dict[str, Any]:
     found["scores"] = engine.score(LONG, start=5, n_top=2)
     found["read before"] = [generated(LONG, 2), generated(LONG, 2)][-1]
     number = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    found["schema"] = constrained(Grammar.json_schema(number | {"additionalProperties": False}))
+    content = Grammar.json_schema(number | {"additionalProperties": False})
+    found["schema"] = constrained(content)
+    found["answer"] = constrained(Grammar.answer('start: "so: " @content " " @content', content))
+    found["nested"] = constrained(
+        Grammar.answer('start: "so: " @content', Grammar.lark('start: "is " A\nA: /[a-z]{4}/'))
+    )
     found["expression"] = constrained(Grammar.regex("[a-c]{3}-[0-9]+x"))
     found["lark"] = constrained(Grammar.lark('start: "is " WORD\nWORD: /[a-z]{4}/'))
     return found
@@ -143,7 +148,7 @@ def refused(model: Model) -> dict[str, str]:
 class _Wrong:
     """A grammar that is none."""
 
-    source = "start: bogus["
+    source = '{"grammars": [{"lark_grammar": "start: bogus["}]}'
 
     def allowed(self) -> NDArray[np.bool_]:
         raise NotImplementedError

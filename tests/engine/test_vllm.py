@@ -30,6 +30,7 @@ from dapji.model import Model, load_on_vllm
 from vllm_cases import CONTEXT, GREEDY, PROMPT, answers, refused, write_folder
 from vllm_stand_in import StandIn, recorded
 
+GRAMMARS = ("schema", "answer", "nested", "expression", "lark")
 TOLERANCE = 1e-4
 """Of log-probabilities: float32 sums in another order (1.5e-5 is what occurs)."""
 
@@ -79,7 +80,7 @@ def test_the_answers_are_those_of_the_native_engine(model: Model, native: dict[s
     got = answers(model)
     assert got.keys() == native.keys()
     for name in native.keys() - {"scores"}:
-        same_outputs(got[name], native[name], end_token=name not in ("schema", "expression", "lark"))
+        same_outputs(got[name], native[name], end_token=name not in GRAMMARS)
     assert got["stop token"][-1].finish.stop_token == got["greedy"][2].token
     assert len(got["stopped"]) == 4
     assert len(got["minimum"]) >= 5
@@ -139,6 +140,8 @@ def test_what_every_engine_refuses(engine: VllmEngine) -> None:
         engine.generate(Request(prompt=[259]))
     with pytest.raises(ContextError, match=r"prompt \(500 tokens\) and max_tokens \(20\)"):
         engine.generate(Request(prompt=[5] * 500, max_tokens=20))
+    with pytest.raises(RequestError, match="it gives no embeddings"):
+        engine.embed([PROMPT], pooling="mean")
     with pytest.raises(ContextError, match=r"the text \(512 tokens\) and the one that vLLM generates behind it"):
         engine.score([5] * CONTEXT)
 
