@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
@@ -47,6 +47,7 @@ def learned_texts(tokenizer: Tokenizer, sample: Sample) -> list[str]:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(
     answers=st.lists(st.tuples(TEXTS, TEXTS, st.booleans()), min_size=1, max_size=4).filter(
         lambda turns: any(learned for _, _, learned in turns)

@@ -22,6 +22,7 @@ from dapji.training.data.stream import Stream, Window
 from random_weights import random_weights
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**64))
 def test_a_permutation_has_each_number_once(n: int, seed: int) -> None:
     permutation = Permutation(n, seed)
@@ -47,6 +48,7 @@ def test_orders_are_shuffled_and_stay_what_they_are() -> None:
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=200)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, open_windows=st.integers(1, 20))
 def test_packing_keeps_every_sample_and_the_capacity(lengths: list[int], open_windows: int) -> None:
     windows = pack(lengths, 50, open_windows=open_windows)
@@ -54,6 +56,7 @@ def test_packing_keeps_every_sample_and_the_capacity(lengths: list[int], open_wi
     assert all(sum(lengths[place] for place in window) <= 50 for window in windows)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_packing_is_best_fit(lengths: list[int]) -> None:
     """Against the definition: of all windows that have room, the fullest; with enough open none is closed early."""
@@ -200,7 +203,7 @@ def test_a_sample_that_fits_no_window_is_refused(dataset: Dataset) -> None:
         Stream(dataset, capacity=30)
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(n=st.integers(1, 30), capacity=st.integers(80, 200), index=st.integers(0, 200))
 def test_any_window_of_any_data_set(
     n: int, capacity: int, index: int, tmp_path_factory: pytest.TempPathFactory
