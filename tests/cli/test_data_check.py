@@ -79,7 +79,10 @@ def test_json(train: Path, tiny: Path, dapji: Dapji) -> None:
     ]
     longest = "<user\nName the largest ocean on this planet.>\n<assistant\nIt is the Pacific Ocean.>"
     assert found["lengths"]["p100"] == len(longest)
-    assert found["overlap"] == []
+    assert (found["shown"][0]["end"], found["overlap"]) == ("<|im_end|>", [])
+    cut = dapji("data", "check", train, "--model", tiny, "--context", 60, "--truncate", "--show", 2)
+    assert "truncated:                  2 rows" in cut.out
+    assert "tokens learned, no end, which was cut off\n" in cut.out
 
 
 def test_a_file_that_can_be_learned(tiny: Path, dapji: Dapji, tmp_path: Path) -> None:

@@ -138,10 +138,12 @@ class Turns:
         thinking = self._thinking(place.tools)
         if whole.startswith(begun):
             answer = whole[len(begun) :]
-            if thinking is None or (form is place.message and not thinking.after(prompt).opened):
+            plain = form is place.message and (thinking is None or not thinking.after(prompt).opened)
+            if before is place.before and plain:
                 _check_whole(place.message, answer)
                 return answer
             if self._reads(prompt, answer, place):
+                _check_whole(place.message, answer)
                 return answer
         if thinking is not None and form is place.message:
             composed = _after_reasoning(begun, whole, _reasoning(form), thinking)
@@ -225,8 +227,9 @@ class Turns:
                 continue
             if longer.startswith(whole):
                 following = self._template.encode_after(ids, longer[len(whole) :])
-                first = next((i for i, token in enumerate(following) if self._is_visible(token)), 0)
-                return following[: first + 1] if following[first] in self._tokenizer.stop_ids else []
+                first = next((i for i, token in enumerate(following) if self._is_visible(token)), None)
+                ends = first is not None and following[first] in self._tokenizer.stop_ids
+                return following[: first + 1] if first is not None and ends else []
         return []
 
     def _is_visible(self, token: int) -> bool:

@@ -142,7 +142,13 @@ def _as_json(report: Report) -> dict[str, Any]:
         "evaluation_rows": report.evaluation_rows,
         "overlap": [{"evaluation": line, "line": other} for line, other in report.overlap],
         "shown": [
-            {"line": shown.where, "sequences": shown.sequences, "tokens": shown.tokens, "learned": shown.learned}
+            {
+                "line": shown.where,
+                "sequences": shown.sequences,
+                "tokens": shown.tokens,
+                "learned_tokens": shown.learned,
+                "end": shown.end,
+            }
             for shown in report.shown
         ],
     }
@@ -189,11 +195,9 @@ def _list(title: str, lines: Sequence[str], *, always: bool = False) -> None:
 
 
 def _show(shown: Shown) -> None:
-    click.echo(
-        f"\n{click.style(shown.where, bold=True)}  {shown.learned} of {shown.tokens} tokens learned, "
-        f"the end {shown.end!r} too",
-        color=wants_colour(),
-    )
+    end = "no end, which was cut off" if shown.end is None else f"the end {shown.end!r} too"
+    where = click.style(shown.where, bold=True)
+    click.echo(f"\n{where}  {shown.learned} of {shown.tokens} tokens learned, {end}", color=wants_colour())
     coloured = sys.stdout.isatty() and wants_colour() is not False
     for pieces in shown.sequences:
         click.echo("".join(_marked(pieces, coloured)), color=wants_colour())

@@ -20,8 +20,8 @@ class Shown:
     """Of each sequence the text, cut where learned and not learned tokens meet; True: learned."""
     tokens: int
     learned: int
-    end: str
-    """The last token of the first sequence; it is learned."""
+    end: str | None
+    """The end token of the first sequence, which is learned; None where it was cut off."""
 
 
 @dataclass(kw_only=True)
@@ -119,12 +119,13 @@ def _said(entry: Entry) -> str:
 
 def _shown(entry: Entry, tokenizer: Tokenizer) -> Shown:
     sequences = [sequence for sample in entry.samples for sequence in sample.sequences]
+    last = int(sequences[0].ids[-1])
     return Shown(
         where=entry.where,
         sequences=[_pieces(sequence.ids.tolist(), sequence.learned.tolist(), tokenizer) for sequence in sequences],
         tokens=sum(len(sequence.ids) for sequence in sequences),
         learned=sum(int(sequence.learned.sum()) for sequence in sequences),
-        end=tokenizer.token_bytes(int(sequences[0].ids[-1])).decode("utf-8", "replace"),
+        end=tokenizer.token_bytes(last).decode() if last in tokenizer.stop_ids else None,
     )
 
 
