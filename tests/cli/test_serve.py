@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -263,6 +264,18 @@ def test_what_deploy_starts_is_a_command(models: list[Path]) -> None:
     started = [unit[0].split(), json.loads(image[0])[1:], proxied[0].split()]
     for arguments in started:
         command.make_context("serve", arguments).close()
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = (Path(__file__).parents[2] / "deploy" / "dapji.service").read_text()
+    assert "ExecStart=/opt/dapji/bin/dapji " in unit
+    (tmp_path / "dapji.service").write_text(unit.replace("/opt/dapji/bin/dapji", sys.executable))
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / "dapji.service")], capture_output=True, text=True
+    )
+    assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
 
 
 def test_revoked_keys_open_nothing_to_other_machines(dapji: Dapji, models: list[Path]) -> None:

@@ -90,7 +90,8 @@ class VllmEngine(BaseEngine):
     """Its thread starts at once and ends with `close()`.
 
     What vLLM does not tell: an answer that `Request.stop` ends counts no prompt tokens as cached, nor does any where
-    the server runs without --enable-prompt-tokens-details; `Usage.proposed` is always 0.
+    the server runs without --enable-prompt-tokens-details; `Usage.proposed` is always 0. Whose turn it is vLLM decides:
+    `Request.background` changes nothing.
     """
 
     def __init__(self, address: Address, *, end_tokens: Iterable[int] = (), vocab_size: int) -> None:
