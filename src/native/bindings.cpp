@@ -132,9 +132,24 @@ void add_experts(Program& program, int input, int logits, int output, const Many
                       selection_bias ? copied(*selection_bias) : std::vector<float>{});
 }
 
+// (operation, a, scales, [(product, b, from)])
+using LowRankTuple = std::tuple<int, std::shared_ptr<Panels>, Floats,
+                                std::vector<std::tuple<int, std::shared_ptr<Panels>, int>>>;
+
+void add_adapter(Program& program, int number, const std::vector<LowRankTuple>& changes) {
+  std::vector<LowRank> converted;
+  for (const auto& [operation, a, scales, parts] : changes) {
+    LowRank change{operation, a, copied(scales), {}};
+    for (const auto& [product, b, from] : parts) change.parts.push_back({product, b, from});
+    converted.push_back(std::move(change));
+  }
+  const nb::gil_scoped_release release;
+  program.add_adapter(number, std::move(converted));
+}
+
 void step(Program& program, const Ints& tokens, const Ints& positions, const Ints& starts, const IntMatrix& blocks,
           const Ints& rows, const Result& logits, const std::optional<Ints>& hidden_rows,
-          const std::optional<Result>& hidden) {
+          const std::optional<Result>& hidden, const std::optional<Ints>& adapters) {
   BatchView batch{};
   batch.tokens = tokens.data();
   batch.positions = positions.data();
@@ -142,6 +157,7 @@ void step(Program& program, const Ints& tokens, const Ints& positions, const Int
   batch.blocks = blocks.data();
   batch.rows = rows.data();
   batch.hidden_rows = hidden_rows ? hidden_rows->data() : nullptr;
+  batch.adapters = adapters ? adapters->data() : nullptr;
   batch.n_tokens = static_cast<int>(tokens.size());
   batch.n_sequences = static_cast<int>(starts.size()) - 1;
   batch.n_columns = static_cast<int>(blocks.shape(1));
@@ -151,8 +167,8 @@ void step(Program& program, const Ints& tokens, const Ints& positions, const Int
                                         static_cast<int>(hidden->shape(1)) == program.hidden_width()
                                   : batch.n_hidden == 0;
   if (positions.size() != tokens.size() || static_cast<std::int64_t>(blocks.shape(0)) != batch.n_sequences ||
-      logits.shape(0) != rows.size() || static_cast<int>(logits.shape(1)) != program.vocab() ||
-      !hidden_fits) {
+      (adapters && static_cast<int>(adapters->size()) != batch.n_sequences) || logits.shape(0) != rows.size() ||
+      static_cast<int>(logits.shape(1)) != program.vocab() || !hidden_fits) {
     throw std::invalid_argument("the arrays of the batch do not fit each other");
   }
   float *const out = logits.data(), *const hidden_out = hidden ? hidden->data() : nullptr;
@@ -344,8 +360,11 @@ NB_MODULE(_native, m) {
           "input"_a, "weight"_a, "eps"_a)
       .def("add_select", &Program::add_select, "buffers"_a)
       .def("add_softcap", &Program::add_softcap, "cap"_a)
+      .def("add_adapter", &add_adapter, "number"_a, "changes"_a)
+      .def("remove_adapter", &Program::remove_adapter, "number"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,
-           "logits"_a.noconvert(), "hidden_rows"_a = nb::none(), "hidden"_a.noconvert() = nb::none())
+           "logits"_a.noconvert(), "hidden_rows"_a = nb::none(), "hidden"_a.noconvert() = nb::none(),
+           "adapters"_a = nb::none())
       .def("copy_block", &Program::copy_block, "source"_a, "target"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("describe", &Program::describe)
       .def("profile", &Program::profile, "on"_a)

@@ -435,13 +435,15 @@ DAPJI_INLINE void prefetch_block(const uint8_t* unit, int block) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
 }
 
-// A finished vector of 16 rows of panel p on its way to y, the token's row.
+// A finished vector of 16 rows of panel p on its way to the row of token t of y.
 template <class S>
-DAPJI_INLINE void finish(typename S::F r, const PanelsView& w, int64_t p, const Epilogue& e, float* y) {
+DAPJI_INLINE void finish(typename S::F r, const PanelsView& w, int64_t p, const Epilogue& e, int64_t t, float* y,
+                         size_t ldy) {
   const int64_t rest = w.rows - 16 * p;
   const int n = rest < 16 ? static_cast<int>(rest) : 16;
-  float* const at = y + 16 * p;
+  float* const at = y + static_cast<size_t>(t) * ldy + 16 * p;
   if (e.bias != nullptr) r = S::add(r, S::load(e.bias + 16 * p, n));
+  if (e.terms != nullptr && e.terms[t] != nullptr) r = S::add(r, S::load(e.terms[t] + (16 * p - e.terms_from), n));
   if (e.kind == Epilogue::Kind::add) {
     r = S::add(S::load(at, n), r);
   } else if (e.kind == Epilogue::Kind::gate) {
@@ -471,9 +473,7 @@ DAPJI_INLINE void few_tokens(const PanelsView& w, const Quantized& x, int64_t to
         a.next_block(x.tile);
       }
     }
-    for (int t = 0; t < T; ++t) {
-      finish<S>(sum[0][t], w, p, epilogue, y + static_cast<size_t>(token + t) * ldy);
-    }
+    for (int t = 0; t < T; ++t) finish<S>(sum[0][t], w, p, epilogue, token + t, y, ldy);
   }
   if constexpr (T > 1) {
     if (token < tokens) few_tokens<S, format, smaller(T)>(w, x, tokens, token, p, y, ldy, epilogue);
@@ -522,8 +522,9 @@ DAPJI_INLINE void store_sums(const Stretch& s, int panel, int64_t token, const t
   }
   unroll<T>(DAPJI_LAMBDA(auto t) {
     if (token + t < s.tokens) {
-      float* const y = s.y + static_cast<size_t>(token + t) * s.ldy;
-      unroll<R>(DAPJI_LAMBDA(auto r) { finish<S>(sum[r][t], s.w, s.panel + panel + r, s.epilogue, y); });
+      unroll<R>(DAPJI_LAMBDA(auto r) {
+        finish<S>(sum[r][t], s.w, s.panel + panel + r, s.epilogue, token + t, s.y, s.ldy);
+      });
     }
   });
 }
@@ -637,13 +638,14 @@ void linear_format(const PanelsView& w, const Quantized& x, int64_t tokens, int6
   for (int64_t t0 = 0; t0 < tokens; t0 += chunk) {
     const int64_t n = tokens - t0 < chunk ? tokens - t0 : chunk;
     const Quantized some = x.from(t0);
+    const Epilogue own = epilogue.from(t0);
     float* const out = y + static_cast<size_t>(t0) * ldy;
     uint8_t* const memory = static_cast<uint8_t*>(scratch);
     int64_t p = p0;
     for (; p + S::rows <= p1; p += S::rows) {
-      some_panels<S, format, S::rows>(w, some, n, p, out, ldy, epilogue, memory);
+      some_panels<S, format, S::rows>(w, some, n, p, out, ldy, own, memory);
     }
-    for (; p < p1; ++p) some_panels<S, format, 1>(w, some, n, p, out, ldy, epilogue, memory);
+    for (; p < p1; ++p) some_panels<S, format, 1>(w, some, n, p, out, ldy, own, memory);
   }
   if constexpr (S::has_tiles) S::end_tiles();
 }
@@ -689,7 +691,7 @@ DAPJI_INLINE typename S::F load_weights(const uint8_t* p) {
 }
 
 template <class S, Format format, int R, int T>
-void float_tile(const PanelsView& w, const float* x, size_t ldx, int64_t p, float* y, size_t ldy,
+void float_tile(const PanelsView& w, const float* x, size_t ldx, int64_t token, int64_t p, float* y, size_t ldy,
                 const Epilogue& epilogue) {
   using F = typename S::F;
   constexpr int bytes = 16 * float_bytes(format);
@@ -719,7 +721,7 @@ void float_tile(const PanelsView& w, const float* x, size_t ldx, int64_t p, floa
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) finish<S>(total[r][t], w, p + r, epilogue, y + static_cast<size_t>(t) * ldy);
+    for (int t = 0; t < T; ++t) finish<S>(total[r][t], w, p + r, epilogue, token + t, y, ldy);
   }
 }
 
@@ -727,8 +729,7 @@ template <class S, Format format, int R, int T>
 void float_tokens(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t token, int64_t p, float* y,
                   size_t ldy, const Epilogue& epilogue) {
   for (; token + T <= tokens; token += T) {
-    float_tile<S, format, R, T>(w, x + static_cast<size_t>(token) * ldx, ldx, p, y + static_cast<size_t>(token) * ldy,
-                                ldy, epilogue);
+    float_tile<S, format, R, T>(w, x + static_cast<size_t>(token) * ldx, ldx, token, p, y, ldy, epilogue);
   }
   if constexpr (T > 1) {
     if (token < tokens) float_tokens<S, format, R, smaller(T)>(w, x, ldx, tokens, token, p, y, ldy, epilogue);

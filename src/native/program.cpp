@@ -160,6 +160,9 @@ void Program::check(const BatchView& batch) {
   for (int s = 0; s < batch.n_sequences; ++s) {
     const int first = batch.starts[s], end = batch.starts[s + 1];
     if (end <= first) refuse("sequence " + std::to_string(s) + " has no tokens");
+    if (batch.adapters != nullptr && batch.adapters[s] != 0 && adapters_.count(batch.adapters[s]) == 0) {
+      refuse("sequence " + std::to_string(s) + " has adapter " + std::to_string(batch.adapters[s]) + ", which is not there");
+    }
     if (end > batch.n_tokens) refuse(at("starts", s + 1) + " is beyond the tokens");
     for (int i = first + 1; i < end; ++i) {
       if (batch.positions[i] != batch.positions[i - 1] + 1) refuse(at("positions", i) + " does not follow");
@@ -232,6 +235,7 @@ void Program::step(const BatchView& batch, float* logits, float* hidden) {
   logits_ = logits;
   hidden_states_ = hidden;
   n_rows_ = batch.n_tokens;
+  prepare_adapters();
   pool_->run([this](unsigned worker) { run(worker); });
 }
 
@@ -279,9 +283,16 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
     if (op.quantized && to == n) quantized.clear_rest(n);
   };
 
+  const bool adapted = adapts(index);
   if (few) {
     prepare_rows(0, n);
-    for (const Range& range : op.fair[worker]) multiply(op, range, {0, n}, quantized, op.norm ? normed : x, mine);
+    if (adapted) {
+      project(index, op.norm ? normed : x, worker);
+      pool_->barrier();
+    }
+    for (const Range& range : op.fair[worker]) {
+      multiply(op, index, range, {0, n}, quantized, op.norm ? normed : x, mine);
+    }
     return;
   }
   constexpr int kTogether = 16;
@@ -291,6 +302,10 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
     }
     pool_->barrier();
   }
+  if (adapted) {
+    project(index, op.norm ? normed : x, worker);
+    pool_->barrier();
+  }
   // Rows apart, so that what a worker wrote to its caches it reads from there; all panels pass by each group of rows.
   const int n_chunks = static_cast<int>(op.chunks.size()), tile = kernels_.matmul.many_tile;
   const int n_tiles = (n + tile - 1) / tile;
@@ -298,7 +313,7 @@ void Program::run(const Linear& op, std::size_t index, unsigned worker) {
   for (int i; (i = take(index, 1, worker, groups * n_chunks)) >= 0;) {
     const int group = i / n_chunks;
     const int from = n_tiles * group / groups * tile, to = std::min(n, n_tiles * (group + 1) / groups * tile);
-    multiply(op, op.chunks[i % n_chunks], {from, to}, quantized, op.norm ? normed : x, mine);
+    multiply(op, index, op.chunks[i % n_chunks], {from, to}, quantized, op.norm ? normed : x, mine);
   }
 }
 
@@ -315,15 +330,17 @@ int Program::take(std::size_t index, int phase, unsigned worker, int n) {
   return -1;
 }
 
-void Program::multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized,
-                       const float* x, Worker& mine) {
+void Program::multiply(const Linear& op, std::size_t index, const Range& range, const Rows& rows,
+                       const Quantized& quantized, const float* x, Worker& mine) {
   const int n = rows.to - rows.from;
   const auto ldx = static_cast<std::size_t>(op.cols);
   std::size_t i = static_cast<std::size_t>(range.product);
   do {
     const Product& product = op.products[i];
     const PanelsView& w = product.panels->view();
-    const Epilogue epilogue{product.kind, product.activation, product.bias.empty() ? nullptr : product.bias.data()};
+    Epilogue epilogue{product.kind, product.activation, product.bias.empty() ? nullptr : product.bias.data()};
+    epilogue.terms = terms(index, static_cast<int>(i), range, rows, mine);
+    epilogue.terms_from = kLanes * range.from;
     const std::size_t ldy = static_cast<std::size_t>(width(product.output));
     float* const y = (product.output == kLogits ? logits_ : row(product.output, 0)) + rows.from * ldy;
     multiply(w, quantized.from(rows.from), x + rows.from * ldx, n, range.from, range.to, y, ldy, epilogue, mine);

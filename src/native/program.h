@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -36,6 +37,7 @@ struct BatchView {
   const std::int32_t* blocks;     // [B, n_columns]
   const std::int32_t* rows;       // [R]
   const std::int32_t* hidden_rows;  // [N]
+  const std::int32_t* adapters;     // [B] or none
   int n_tokens, n_sequences, n_columns, n_rows, n_hidden;
 };
 
@@ -63,6 +65,20 @@ struct Product {
 struct Norm {
   std::vector<float> weight;
   float eps;
+};
+
+// What an adapter adds to the products of one linear operation: to that of a part, b h for the `b.cols` values of h from
+// `from` on, where h is a x, each value times its scale. Formats of floats; x before it is rounded.
+struct LowRank {
+  struct Part {
+    int product;
+    std::shared_ptr<const Panels> b;  // [out, rank]
+    int from;
+  };
+  int operation;
+  std::shared_ptr<const Panels> a;  // [sum of ranks, in]
+  std::vector<float> scales;        // [sum of ranks]
+  std::vector<Part> parts;
 };
 
 // Of grouped attention, query head h reading kv head h / (n_heads / kv heads of the layer).
@@ -130,6 +146,14 @@ class Program {
 
   // logits = cap tanh(logits / cap), after they were made
   void add_softcap(float cap);
+
+  // ---- adapters, at any time; who waits for a step that runs ----
+
+  // What a sequence may choose as `number` from now on: one for each operation that it changes. Throws
+  // std::invalid_argument for numbers below 1 or taken, and where shapes do not fit.
+  void add_adapter(int number, std::vector<LowRank> changes);
+  // Frees it. Throws std::invalid_argument where there is none.
+  void remove_adapter(int number);
 
   // ---- running ----
 
@@ -222,11 +246,17 @@ class Program {
     Scratch memory;
   };
   struct Worker {
-    Scratch matmul, attention, normed, quantized;
+    Scratch matmul, attention, normed, quantized, terms;
+    std::vector<const float*> term_rows;  // of a product's rows, null where there is no term
     RoutingScratch routing;
     Dispatch dispatch;  // of few tokens
   };
   struct Rows {
+    int from, to;
+  };
+  using Adapter = std::map<std::size_t, LowRank>;  // by operation
+  struct Run {  // rows next to each other that have one adapter
+    const Adapter* adapter;
     int from, to;
   };
   struct TokenRange {  // consecutive tokens of one sequence
@@ -245,6 +275,7 @@ class Program {
   void check(const BatchView& batch);
   void prepare(const BatchView& batch);
   void prepare(const Experts& op, int n_tokens);
+  void prepare_adapters();
   void run(unsigned worker);
   void run(const Embed& op, std::size_t index, unsigned worker);
   void run(const Normed& op, std::size_t index, unsigned worker);
@@ -261,8 +292,15 @@ class Program {
   // others have not begun; -1: none is left.
   int take(std::size_t index, int phase, unsigned worker, int n);
   // rows.from: a multiple of the tile of `quantized`.
-  void multiply(const Linear& op, const Range& range, const Rows& rows, const Quantized& quantized, const float* x,
-                Worker& mine);
+  void multiply(const Linear& op, std::size_t index, const Range& range, const Rows& rows, const Quantized& quantized,
+                const float* x, Worker& mine);
+  // Whether some row's adapter changes the operation.
+  bool adapts(std::size_t index) const;
+  // This worker's share of h, of LowRank, in projected_; x: the operation's input as floats.
+  void project(std::size_t index, const float* x, unsigned worker);
+  // What adapters add to the product's panels range.from … range.to, into `mine`: for `Epilogue::terms`; null where
+  // they add nothing.
+  const float* const* terms(std::size_t index, int product, const Range& range, const Rows& rows, Worker& mine);
   void add_attend(Attend op);
   HeadTransform transform(const Attend& op, const std::optional<Norm>& norm) const;
   // y of rows' products with some panels; x: where these are floats, rows side by side.
@@ -308,6 +346,9 @@ class Program {
   std::size_t partial_floats_ = 0;  // of one segment, all heads
   int query_rows_ = kMaxQueryRows;  // rows of a query tile
   std::vector<Reach> reaches_;  // of all layers, each once
+  std::map<int, Adapter> adapters_;
+  // Of the operations that any adapter changes or has changed: ranks, and panels that a worker takes of few, many rows.
+  std::int64_t max_rank_ = 0, max_few_panels_ = 0, max_many_panels_ = 0;
 
   // Of the current step.
   std::mutex mutex_;
@@ -316,11 +357,14 @@ class Program {
   float* hidden_states_ = nullptr;
   int n_rows_ = 0;       // T, after `select` R; equal on all workers, written between barriers
   bool single_ = false;  // every sequence has one token
+  std::vector<Run> token_runs_, row_runs_;
+  const std::vector<Run>* runs_ = &token_runs_;  // after `select` row_runs_; as n_rows_
   std::vector<TokenRange> tiles_;    // query tiles, at most query_rows_ each
   std::vector<TokenRange> writes_;   // new tokens by cache block
   std::vector<Segments> segments_;   // per sequence, where single_
   int n_partials_ = 0;
   Scratch quantized_, normed_, partials_;
+  Scratch projected_;  // [T, max_rank_]
   Dispatch dispatch_;         // of more than kFew tokens
   Scratch hidden_, given_;    // of experts: per row, what lies between the matrices, and what comes out
   std::unique_ptr<std::atomic<int>[]> next_;  // per operation, phase (two) and worker: items taken; see take

@@ -86,6 +86,7 @@ void Program::run(const Select& op, std::size_t, unsigned worker) {
     }
   }
   n_rows_ = batch_.n_rows;
+  runs_ = &row_runs_;
 }
 
 std::string Program::line(const Select&) const { return "select rows"; }

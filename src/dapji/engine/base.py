@@ -11,14 +11,17 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapji.engine.request import Output, Request, Scores
-from dapji.errors import ContextError, RequestError
+from dapji.errors import ContextError, RequestError, UnavailableError, UsageError
 from dapji.models.config import Pooling
+
+if TYPE_CHECKING:
+    from dapji.models.adapter import Adapter
 
 Deliver = Callable[[object], None]
 """Passes a result, the exception that ended the job, or None where it was cancelled, to who waits. Any thread; never
@@ -158,25 +161,31 @@ class BaseEngine(ABC):
         """`generate` for the running asyncio loop."""
         return AsyncStream(lambda deliver: self._generate(request, deliver))
 
-    def score(self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0) -> Scores:
+    def score(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0, adapter: int = 0
+    ) -> Scores:
         """ln p(tokens[i] | tokens[:i]) for i from `start` (>= 1) on, and the n_top likeliest tokens at each.
 
         Runs in chunks, in the same steps as other requests; a prefix before `start` is read from the cache if it is
         there. Raises like `generate`.
         """
         queue: SimpleQueue[object] = SimpleQueue()
-        handle = self._score(tokens, start, n_top, queue.put)
+        handle = self._score(tokens, start, n_top, adapter, queue.put)
         try:
             return _scores(queue.get())
         except BaseException:
             handle.cancel()
             raise
 
-    async def ascore(self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0) -> Scores:
+    async def ascore(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, start: int = 1, n_top: int = 0, adapter: int = 0
+    ) -> Scores:
         """`score` for the running asyncio loop. Cancelling it ends the work."""
-        return _scores(await _delivered(lambda deliver: self._score(tokens, start, n_top, deliver)))
+        return _scores(await _delivered(lambda deliver: self._score(tokens, start, n_top, adapter, deliver)))
 
-    def embed(self, texts: Sequence[Sequence[int] | NDArray[np.integer]], *, pooling: Pooling) -> NDArray[np.float32]:
+    def embed(
+        self, texts: Sequence[Sequence[int] | NDArray[np.integer]], *, pooling: Pooling, adapter: int = 0
+    ) -> NDArray[np.float32]:
         """[n, D]: what `pooling` makes of the hidden states (the final norm's output) of each text's tokens; the length
         of the vectors is not made 1. [0, 0] of no texts.
 
@@ -187,7 +196,7 @@ class BaseEngine(ABC):
         handles: list[Handle] = []
         try:
             for text, queue in zip(texts, queues, strict=True):
-                handles.append(self._embed(text, pooling, queue.put))
+                handles.append(self._embed(text, pooling, adapter, queue.put))
             vectors = [_vector(queue.get()) for queue in queues]
         except BaseException:
             for handle in handles:
@@ -195,9 +204,11 @@ class BaseEngine(ABC):
             raise
         return np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32)
 
-    async def aembed(self, tokens: Sequence[int] | NDArray[np.integer], *, pooling: Pooling) -> NDArray[np.float32]:
+    async def aembed(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, pooling: Pooling, adapter: int = 0
+    ) -> NDArray[np.float32]:
         """[D]: `embed` of one text, for the running asyncio loop. Cancelling it ends the work."""
-        return _vector(await _delivered(lambda deliver: self._embed(tokens, pooling, deliver)))
+        return _vector(await _delivered(lambda deliver: self._embed(tokens, pooling, adapter, deliver)))
 
     def check_text(self, tokens: Sequence[int] | NDArray[np.integer]) -> None:
         """Raises RequestError where a text to embed has no tokens, ContextError where it has too many."""
@@ -208,6 +219,15 @@ class BaseEngine(ABC):
                 f"the text ({len(tokens)} tokens) exceeds the context ({self.context} tokens)",
                 hint="embed it in pieces, or open the model with a longer context",
             )
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        """The number by which requests choose it from now on. Raises ConfigError where it does not fit the model,
+        UnavailableError where the engine runs none."""
+        raise UnavailableError("this engine runs no adapters")
+
+    def remove_adapter(self, number: int) -> None:
+        """Frees it. Raises UsageError while requests use it, or where there is none."""
+        raise UsageError(f"there is no adapter {number}")
 
     @abstractmethod
     def close(self) -> None:
@@ -231,16 +251,25 @@ class BaseEngine(ABC):
         stop_tokens = request.stop_tokens if request.ignore_eos else request.stop_tokens | self.end_tokens
         return self._submit_generation(request, prompt, room, stop_tokens, deliver)
 
-    def _score(self, tokens: Sequence[int] | NDArray[np.integer], start: int, n_top: int, deliver: Deliver) -> Handle:
+    def _score(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer],
+        start: int,
+        n_top: int,
+        adapter: int,
+        deliver: Deliver,
+    ) -> Handle:
         if not 1 <= start < len(tokens):
             raise RequestError(f"start ({start}) must be from 1 to the number of tokens less one ({len(tokens) - 1})")
         if not 0 <= n_top <= self._vocab_size:
             raise RequestError(f"n_top ({n_top}) must be from 0 to the vocabulary's {self._vocab_size}")
-        return self._submit_scoring(self._token_ids("tokens", tokens), start, n_top, deliver)
+        return self._submit_scoring(self._token_ids("tokens", tokens), start, n_top, adapter, deliver)
 
-    def _embed(self, tokens: Sequence[int] | NDArray[np.integer], pooling: Pooling, deliver: Deliver) -> Handle:
+    def _embed(
+        self, tokens: Sequence[int] | NDArray[np.integer], pooling: Pooling, adapter: int, deliver: Deliver
+    ) -> Handle:
         self.check_text(tokens)
-        return self._submit_embedding(self._token_ids("tokens", tokens), pooling, deliver)
+        return self._submit_embedding(self._token_ids("tokens", tokens), pooling, adapter, deliver)
 
     @abstractmethod
     def _submit_generation(
@@ -249,11 +278,15 @@ class BaseEngine(ABC):
         """Begins to deliver an Output for each token. room: most tokens of the answer. stop_tokens: all that end it."""
 
     @abstractmethod
-    def _submit_scoring(self, tokens: NDArray[np.int32], start: int, n_top: int, deliver: Deliver) -> Handle:
+    def _submit_scoring(
+        self, tokens: NDArray[np.int32], start: int, n_top: int, adapter: int, deliver: Deliver
+    ) -> Handle:
         """Will deliver Scores. Raises ContextError where the text is too long."""
 
     @abstractmethod
-    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, deliver: Deliver) -> Handle:
+    def _submit_embedding(
+        self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver
+    ) -> Handle:
         """Will deliver the vector [D] float32 that `pooling` makes of the text's hidden states."""
 
     def _room(self, n_prompt: int, max_tokens: int | None) -> int:

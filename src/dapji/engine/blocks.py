@@ -4,15 +4,15 @@ Knows block numbers, reference counts and tokens; neither requests nor what lies
 (`Engine` holds its lock).
 
 Blocks with computed tokens form a radix tree: a block's tokens follow those of its ancestors, from the root on, and
-keys and values depend on nothing else. So a block found along the tokens of a new sequence may stand in for computing
-them: a full one is shared; of the next, full or not, the tokens that agree are copied. Who references a block
-references its ancestors. Blocks that nobody references stay in the tree until their room is needed; the one unused for
-longest goes first, which is never one with descendants.
+keys and values depend on nothing else but the adapter, of which each has a root of its own. So a block found along the
+tokens of a new sequence may stand in for computing them: a full one is shared; of the next, full or not, the tokens
+that agree are copied. Who references a block references its ancestors. Blocks that nobody references stay in the tree
+until their room is needed; the one unused for longest goes first, which is never one with descendants.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class BlockPool:
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
         self.root = n_blocks
-        """Stands for the parent of first blocks."""
+        """Stands for the parent of first blocks; of sequences with adapter a it is root + a."""
         self.copies: list[tuple[int, int]] = []
         """(source, target) of blocks to copy, in this order, before anything else is written; the caller empties it."""
         self._free = list(range(n_blocks - 1, -1, -1))
@@ -55,18 +55,18 @@ class BlockPool:
         # The tree: a block in it is children[parent][tokens], tokens as the bytes of int32.
         self._parent: list[int | None] = [None] * n_blocks
         self._tokens = [b""] * n_blocks
-        self._children: list[dict[bytes, int]] = [{} for _ in range(n_blocks + 1)]
+        self._children: defaultdict[int, dict[bytes, int]] = defaultdict(dict)
 
     @property
     def available(self) -> int:
         """Blocks that `allocate` can hand out."""
         return len(self._free) + len(self._cached)
 
-    def find(self, tokens: NDArray[np.int32]) -> Prefix:
-        """The longest prefix of `tokens` in the tree. Takes no reference."""
+    def find(self, tokens: NDArray[np.int32], adapter: int = 0) -> Prefix:
+        """The longest prefix of `tokens` in the tree, as computed with that adapter. Takes no reference."""
         data = tokens.tobytes()
         blocks: list[int] = []
-        children = self._children[self.root]
+        children = self._children[self.root + adapter]
         for at in range(0, len(data) - _BLOCK_BYTES + 1, _BLOCK_BYTES):
             if (full := children.get(data[at : at + _BLOCK_BYTES])) is None:
                 break

@@ -25,6 +25,7 @@ from dapji.models.config import Pooling
 from dapji.ops.batch import KV_BLOCK
 
 if TYPE_CHECKING:
+    from dapji.models.adapter import Adapter
     from dapji.models.executor import Executor
 
 
@@ -81,6 +82,23 @@ class Engine(BaseEngine):
         self._closed = False
         self._failure: BaseException | None = None  # what ended the thread, if it was not `close`
         self._abandoned: deque[Job] = deque()
+        self._adapters: set[int] = set()
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        number = self._executor.add_adapter(adapter)
+        with self._wake:
+            self._adapters.add(number)
+        return number
+
+    def remove_adapter(self, number: int) -> None:
+        with self._wake:
+            if number not in self._adapters:
+                raise UsageError(f"there is no adapter {number}")
+            users = sum(job.adapter == number for job in self._scheduler)
+            if users:
+                raise UsageError(f"{users} requests use the adapter {number}", hint="wait until they have ended")
+            self._adapters.remove(number)
+        self._executor.remove_adapter(number)
 
     def close(self) -> None:
         """Waits for the step under way, ends what still runs with a UsageError, stops the thread. May be repeated."""
@@ -107,7 +125,9 @@ class Engine(BaseEngine):
         )
         return self._submit(job)
 
-    def _submit_scoring(self, tokens: NDArray[np.int32], start: int, n_top: int, deliver: Deliver) -> Handle:
+    def _submit_scoring(
+        self, tokens: NDArray[np.int32], start: int, n_top: int, adapter: int, deliver: Deliver
+    ) -> Handle:
         self._check_head()
         if len(tokens) - 1 > self.context:
             raise ContextError(
@@ -115,7 +135,7 @@ class Engine(BaseEngine):
                 f"({self.context} tokens)",
                 hint="score it in pieces, or open the model with a longer context",
             )
-        return self._submit(Scoring(tokens, start=start, n_top=n_top, deliver=deliver))
+        return self._submit(Scoring(tokens, start=start, n_top=n_top, adapter=adapter, deliver=deliver))
 
     def _check_head(self) -> None:
         if self._executor.config.headless:
@@ -124,13 +144,17 @@ class Engine(BaseEngine):
                 hint="it gives embeddings",
             )
 
-    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, deliver: Deliver) -> Handle:
-        return self._submit(Embedding(tokens, pooling=pooling, deliver=deliver))
+    def _submit_embedding(
+        self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver
+    ) -> Handle:
+        return self._submit(Embedding(tokens, pooling=pooling, adapter=adapter, deliver=deliver))
 
     def _submit(self, job: Job) -> Handle:
         with self._wake:
             if self._closed:
                 raise UsageError("the engine is closed") from self._failure
+            if job.adapter and job.adapter not in self._adapters:
+                raise RequestError(f"there is no adapter {job.adapter}")
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="dapji-engine", daemon=True)
                 self._thread.start()

@@ -25,9 +25,15 @@ class Job(Sequence):
     """A sequence with somebody waiting for its results."""
 
     def __init__(
-        self, tokens: NDArray[np.int32], *, length: int, wanted: int, deliver: Callable[[object], None]
+        self,
+        tokens: NDArray[np.int32],
+        *,
+        length: int,
+        wanted: int,
+        adapter: int,
+        deliver: Callable[[object], None],
     ) -> None:
-        super().__init__(tokens, length=length, wanted=wanted)
+        super().__init__(tokens, length=length, wanted=wanted, adapter=adapter)
         self.deliver = deliver
         """Passes a result, or the exception that ended the job, to who waits. Any thread; never blocks or raises."""
         self.done = False
@@ -54,7 +60,7 @@ class Generation(Job):
         """tokens: the prompt, then room for the longest answer. stop_tokens: all that end this answer. vocab_size: the
         ids below it can be drawn. speculate: propose tokens."""
         n_prompt = len(request.prompt)
-        super().__init__(tokens, length=n_prompt, wanted=n_prompt - 1, deliver=deliver)
+        super().__init__(tokens, length=n_prompt, wanted=n_prompt - 1, adapter=request.adapter, deliver=deliver)
         self.background = request.background
         self._request = request
         self._n_prompt = n_prompt
@@ -143,9 +149,17 @@ class Generation(Job):
 class Scoring(Job):
     """Delivers, once, the `Scores` of the tokens from `start` on."""
 
-    def __init__(self, tokens: NDArray[np.int32], *, start: int, n_top: int, deliver: Callable[[object], None]) -> None:
+    def __init__(
+        self,
+        tokens: NDArray[np.int32],
+        *,
+        start: int,
+        n_top: int,
+        adapter: int,
+        deliver: Callable[[object], None],
+    ) -> None:
         # Position p's logits speak of token p + 1: the last token need not be computed.
-        super().__init__(tokens[:-1], length=len(tokens) - 1, wanted=start - 1, deliver=deliver)
+        super().__init__(tokens[:-1], length=len(tokens) - 1, wanted=start - 1, adapter=adapter, deliver=deliver)
         self._targets = tokens[1:]
         self._first = start - 1
         self._n_top = n_top
@@ -175,9 +189,11 @@ class Embedding(Job):
 
     wants_hidden = True
 
-    def __init__(self, tokens: NDArray[np.int32], *, pooling: Pooling, deliver: Callable[[object], None]) -> None:
+    def __init__(
+        self, tokens: NDArray[np.int32], *, pooling: Pooling, adapter: int, deliver: Callable[[object], None]
+    ) -> None:
         first = len(tokens) - 1 if pooling == "last" else 0
-        super().__init__(tokens, length=len(tokens), wanted=first, deliver=deliver)
+        super().__init__(tokens, length=len(tokens), wanted=first, adapter=adapter, deliver=deliver)
         self._n_pooled = len(tokens) - first
         self._sum: NDArray[np.float64] | None = None
 

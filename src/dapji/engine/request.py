@@ -129,6 +129,8 @@ class Request:
     """None: none. n: log-probability of each generated token and of the n likeliest."""
     background: bool = False
     """Others go first: it waits behind them, and gives up its KV blocks for them and is computed again later."""
+    adapter: int = 0
+    """As `Engine.add_adapter` gave it; 0: the model as it is."""
 
     def __post_init__(self) -> None:
         if len(self.prompt) == 0:

@@ -51,9 +51,10 @@ class Sequence:
     background = False
     """Others go first."""
 
-    def __init__(self, tokens: NDArray[np.int32], *, length: int, wanted: int) -> None:
+    def __init__(self, tokens: NDArray[np.int32], *, length: int, wanted: int, adapter: int = 0) -> None:
         """tokens: room for all that the sequence may ever hold, the first `length` filled."""
         self.tokens = tokens
+        self.adapter = adapter
         self.length = length
         self.wanted = wanted
         self.computed = 0
@@ -78,7 +79,7 @@ class Sequence:
 
         What is cached counts only before `wanted`: tokens of which something is wanted must be computed.
         """
-        found = pool.find(self.tokens[: self.wanted])
+        found = pool.find(self.tokens[: self.wanted], self.adapter)
         n_fresh = _n_blocks(self.length) - len(found.blocks)
         if n_fresh > pool.available - pool.unreferenced(found.blocks):
             return False
@@ -95,7 +96,9 @@ class Sequence:
     def awaits(self, other: Sequence) -> bool:
         """The other, which is running, has yet to read at least a block's worth of what this one could share."""
         end = other.computed + KV_BLOCK
-        return end <= min(self.wanted, other.length) and np.array_equal(self.tokens[:end], other.tokens[:end])
+        if self.adapter != other.adapter or end > min(self.wanted, other.length):
+            return False
+        return np.array_equal(self.tokens[:end], other.tokens[:end])
 
     def advance(self, end: int, pool: BlockPool) -> None:
         """A step computed the tokens up to `end` and its rows were taken: they can be found from now on.
@@ -104,9 +107,10 @@ class Sequence:
         """
         first = self.computed // KV_BLOCK
         self.computed = min(end, self.wanted)
+        root = pool.root + self.adapter
         for i in range(first, _n_blocks(self.computed)):
             tokens = self.tokens[i * KV_BLOCK : min(self.computed, (i + 1) * KV_BLOCK)]
-            self.blocks[i] = pool.publish(self.blocks[i], tokens, parent=self.blocks[i - 1] if i else pool.root)
+            self.blocks[i] = pool.publish(self.blocks[i], tokens, parent=self.blocks[i - 1] if i else root)
 
     def release(self, pool: BlockPool) -> None:
         pool.release(self.blocks)
@@ -183,7 +187,8 @@ class Scheduler(Generic[S]):
         self._admit()
         chunks: list[Chunk[S]] = []
         n_rows = {False: 0, True: 0}  # of logits, of hidden states
-        for sequence, end in self._shares():
+        # Those with one adapter side by side, so that the executor reads its matrices once.
+        for sequence, end in sorted(self._shares(), key=lambda share: share[0].adapter):
             first = n_rows[sequence.wants_hidden]
             n_rows[sequence.wants_hidden] = last = first + max(0, end - sequence.wanted)
             chunks.append(Chunk(sequence=sequence, end=end, rows=slice(first, last)))
@@ -276,6 +281,7 @@ def _batch(chunks: list[Chunk[S]], *, n_logits: int, n_hidden: int) -> Batch:
     starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     blocks = np.full((len(chunks), n_blocks), -1, dtype=np.int32)
     rows, hidden_rows = np.empty(n_logits, dtype=np.int32), np.empty(n_hidden, dtype=np.int32)
+    adapters = np.array([chunk.sequence.adapter for chunk in chunks], dtype=np.int32)
     at = 0
     for b, chunk in enumerate(chunks):
         sequence = chunk.sequence
@@ -289,4 +295,12 @@ def _batch(chunks: list[Chunk[S]], *, n_logits: int, n_hidden: int) -> Batch:
         own[chunk.rows] = np.arange(stop - (chunk.rows.stop - chunk.rows.start), stop)
         at = stop
         starts[b + 1] = at
-    return Batch(tokens=tokens, positions=positions, starts=starts, blocks=blocks, rows=rows, hidden_rows=hidden_rows)
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        starts=starts,
+        blocks=blocks,
+        rows=rows,
+        hidden_rows=hidden_rows,
+        adapters=adapters if adapters.any() else None,
+    )

@@ -7,22 +7,34 @@ files nor requests: the engine allocates blocks and composes batches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from itertools import count
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapji.errors import ConfigError, ContextError, RequestError, UnavailableError, UsageError
+from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
 from dapji.models.size import kv_shapes
 from dapji.ops import native
 from dapji.ops.batch import KV_BLOCK, Batch
-from dapji.ops.reference import Activations, KvFormat, ReferenceCache, ReferenceOps, ReferenceWeight
+from dapji.ops.reference import (
+    Activations,
+    KvFormat,
+    ReferenceCache,
+    ReferenceLowRank,
+    ReferenceOps,
+    ReferenceWeight,
+)
 from dapji.ops.rope import RopeTables
 from dapji.ops.tensor import Tensor
 
 ExecutorKind = Literal["reference", "torch", "native"]
+
+W = TypeVar("W")
+P = TypeVar("P")
 
 
 class Executor(Protocol):
@@ -42,6 +54,17 @@ class Executor(Protocol):
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy the keys and values of a block, in all layers."""
+        ...
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Its number in batches from now on, never used again. Any thread, between steps or during one.
+
+        Raises ConfigError where it does not fit the model.
+        """
+        ...
+
+    def remove_adapter(self, number: int) -> None:
+        """Frees it; no later batch may have it. As `add_adapter`."""
         ...
 
     def close(self) -> None:
@@ -115,6 +138,24 @@ def check_batch(batch: Batch, config: ModelConfig, context: int, n_blocks: int) 
     assert batch.blocks.max(initial=-1) < n_blocks
 
 
+class AdapterTable(Generic[W, P]):
+    """Pairs by the weight that they change, then by number. Replaced as a whole at each change, so that a step goes on
+    with what it began with."""
+
+    def __init__(self) -> None:
+        self.pairs: Mapping[W, Mapping[int, P]] = {}
+        self._numbers = count(1)
+
+    def add(self, pairs: Mapping[W, P]) -> int:
+        number = next(self._numbers)
+        self.pairs = {**self.pairs, **{w: {**self.pairs.get(w, {}), number: pair} for w, pair in pairs.items()}}
+        return number
+
+    def remove(self, number: int) -> None:
+        kept = {w: {n: pair for n, pair in own.items() if n != number} for w, own in self.pairs.items()}
+        self.pairs = {w: own for w, own in kept.items() if own}
+
+
 class ReferenceExecutor:
     """The decoder in numpy."""
 
@@ -137,10 +178,17 @@ class ReferenceExecutor:
         }
         self._cache = ReferenceCache(kv_shapes(config), n_blocks, kv)
         self._tables = RopeTables(context)
+        self._adapters: AdapterTable[ReferenceWeight, ReferenceLowRank] = AdapterTable()
 
     def step(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         check_batch(batch, self.config, self.context, self.n_blocks)
-        ops = ReferenceOps(batch=batch, cache=self._cache, tables=self._tables, activations=self._activations)
+        ops = ReferenceOps(
+            batch=batch,
+            cache=self._cache,
+            tables=self._tables,
+            activations=self._activations,
+            adapters=self._adapters.pairs,
+        )
         decoded = decode(self.config, self._weights, ops)
         if hidden is not None:
             hidden[:] = decoded.hidden
@@ -148,6 +196,15 @@ class ReferenceExecutor:
 
     def copy_block(self, source: int, target: int) -> None:
         self._cache.copy_block(source, target)
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        adapter.check(self.config)
+        return self._adapters.add(
+            {self._weights[name]: ReferenceLowRank.load(pair) for name, pair in adapter.pairs.items()}
+        )
+
+    def remove_adapter(self, number: int) -> None:
+        self._adapters.remove(number)
 
     def close(self) -> None:
         self._weights.clear()

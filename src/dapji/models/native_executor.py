@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapji.errors import ConfigError, ContextError, UsageError
+from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import decode
 from dapji.models.executor import check_batch
@@ -48,7 +50,7 @@ class NativeExecutor:
         recorder = Recorder(context)
         decoded = decode(config, tensors, recorder)
         try:
-            self._program = native.build(
+            self._program, places = native.build(
                 recorder,
                 decoded.hidden,
                 decoded.logits,
@@ -71,6 +73,9 @@ class NativeExecutor:
                 hint="a shorter --context or a smaller quantisation needs less",
             ) from None
 
+        self._places = {name: places[tensor] for name, tensor in tensors.items() if tensor in places}
+        self._numbers = count(1)
+
     @property
     def cache_bytes(self) -> int:
         """Of keys and values, all blocks."""
@@ -81,8 +86,17 @@ class NativeExecutor:
         check_batch(batch, self.config, self.context, self.n_blocks)
         logits = np.empty((len(batch.rows), self.config.vocab_size), dtype=np.float32)
         try:
-            wanted = () if hidden is None else (batch.hidden_rows, hidden)
-            self._program.step(batch.tokens, batch.positions, batch.starts, batch.blocks, batch.rows, logits, *wanted)
+            self._program.step(
+                batch.tokens,
+                batch.positions,
+                batch.starts,
+                batch.blocks,
+                batch.rows,
+                logits,
+                None if hidden is None else batch.hidden_rows,
+                hidden,
+                batch.adapters,
+            )
         except MemoryError:
             raise ContextError(
                 f"there is not enough memory for a step of {len(batch.tokens)} tokens", hint="use smaller steps"
@@ -93,6 +107,15 @@ class NativeExecutor:
 
     def copy_block(self, source: int, target: int) -> None:
         self._program.copy_block(source, target)
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        adapter.check(self.config)
+        number = next(self._numbers)
+        native.add_adapter(self._program, number, [(self._places[name], pair) for name, pair in adapter.pairs.items()])
+        return number
+
+    def remove_adapter(self, number: int) -> None:
+        self._program.remove_adapter(number)
 
     def close(self) -> None:
         if hasattr(self, "_program"):

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dapji.errors import UnavailableError, UsageError
+from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig
 from dapji.models.decoder import Decoded, decode
-from dapji.models.executor import check_batch
+from dapji.models.executor import AdapterTable, check_batch
 from dapji.models.size import kv_shapes
 from dapji.ops.batch import Batch
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
-from dapji.ops.torch import CachedTorchOps, TorchCache, TorchTables, UncachedTorchOps
+from dapji.ops.torch import CachedTorchOps, TorchCache, TorchLowRank, TorchTables, UncachedTorchOps
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -62,7 +63,9 @@ class TorchExecutor:
         self.n_blocks = n_blocks
         self._device = find_device(device)
         used = {name: tensor for name, tensor in tensors.items() if not name.startswith("predictors.")}
-        self._weights = load_weights(used, device=self._device, dtype=_DTYPES[dtype])
+        self._dtype = _DTYPES[dtype]
+        self._weights = load_weights(used, device=self._device, dtype=self._dtype)
+        self._adapters: AdapterTable[torch.Tensor, TorchLowRank] = AdapterTable()
         self._cache = TorchCache(kv_shapes(config), n_blocks, kv, self._device)
         self._tables = TorchTables(context, self._device)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -73,7 +76,7 @@ class TorchExecutor:
         check_batch(batch, self.config, self.context, self.n_blocks)
         single = len(batch.tokens) == len(batch.starts) - 1 == len(batch.rows)
         with sdpa_kernel(_KERNELS):
-            if single and hidden is None and self._device.type == "cuda":
+            if single and hidden is None and batch.adapters is None and self._device.type == "cuda":
                 logits = self._replay(batch)
             else:
                 decoded = self._decode(self._ops(batch))
@@ -84,7 +87,8 @@ class TorchExecutor:
         return host
 
     def _ops(self, batch: Batch, length: int | None = None) -> CachedTorchOps:
-        return CachedTorchOps(batch, self._cache, self._tables, self._device, length=length)
+        adapters = None if batch.adapters is None else self._adapters.pairs
+        return CachedTorchOps(batch, self._cache, self._tables, self._device, adapters=adapters, length=length)
 
     def _decode(self, ops: CachedTorchOps) -> Decoded[torch.Tensor]:
         return decode(self.config, self._weights, ops)
@@ -121,6 +125,14 @@ class TorchExecutor:
     def copy_block(self, source: int, target: int) -> None:
         self._cache.copy_block(source, target)
 
+    def add_adapter(self, adapter: Adapter) -> int:
+        adapter.check(self.config)
+        pairs = load_pairs(adapter, device=self._device, dtype=self._dtype)
+        return self._adapters.add({self._weights[name]: pair for name, pair in pairs.items()})
+
+    def remove_adapter(self, number: int) -> None:
+        self._adapters.remove(number)
+
     def close(self) -> None:
         self._recorded.clear()
         self._weights.clear()
@@ -129,13 +141,19 @@ class TorchExecutor:
 
 
 def sequence_logits(
-    config: ModelConfig, weights: Mapping[str, torch.Tensor], tokens: torch.Tensor, tables: TorchTables
+    config: ModelConfig,
+    weights: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    tables: TorchTables,
+    adapter: Mapping[str, TorchLowRank] | None = None,
 ) -> torch.Tensor:
     """Logits [B, S, V] of whole sequences, tokens [B, S] int64, without a cache: what training differentiates.
 
     weights: by canonical name, as `load_weights` gives them. tables: of a context of at least S, on the same device.
+    adapter: of all sequences, by the same names, as `load_pairs` gives it.
     """
-    logits = decode(config, weights, UncachedTorchOps(tokens, tables)).logits
+    adapters = {weights[name]: {1: pair} for name, pair in (adapter or {}).items()}
+    logits = decode(config, weights, UncachedTorchOps(tokens, tables, adapters)).logits
     return logits.view(*tokens.shape, config.vocab_size)
 
 
@@ -148,6 +166,17 @@ def load_weights(tensors: Mapping[str, Tensor], *, device: torch.device, dtype: 
         return torch.tensor(tensor.float32(), dtype=kept, device=device)
 
     return {name: load(name, tensor) for name, tensor in tensors.items()}
+
+
+def load_pairs(adapter: Adapter, *, device: torch.device, dtype: torch.dtype) -> dict[str, TorchLowRank]:
+    """An adapter's matrices on the device, under the same names."""
+
+    def load(tensor: Tensor) -> torch.Tensor:
+        return torch.tensor(tensor.float32(), dtype=dtype, device=device)
+
+    return {
+        name: TorchLowRank(a=load(pair.a), b=load(pair.b), scale=pair.scale) for name, pair in adapter.pairs.items()
+    }
 
 
 def find_device(name: str) -> torch.device:

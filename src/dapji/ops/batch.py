@@ -35,6 +35,15 @@ class Batch:
     """[R] rising indices into the T tokens: those whose logits are wanted. May be empty."""
     hidden_rows: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     """[N] the same of those whose hidden states are wanted."""
+    adapters: NDArray[np.int32] | None = None
+    """[B] the adapter of each sequence, by the executor's number; 0, or None for all of them: without."""
+
+    def adapted(self, number: int, n_rows: int) -> NDArray[np.intp]:
+        """Which of n_rows, all tokens or those of `rows`, belong to sequences with that adapter."""
+        if self.adapters is None:
+            return np.empty(0, dtype=np.intp)
+        owners = np.repeat(self.adapters, np.diff(self.starts))  # [T]
+        return np.flatnonzero((owners if n_rows == len(owners) else owners[self.rows]) == number)
 
     def slots(self, sequence: int) -> NDArray[np.int64]:
         """[S] cache slots (block * KV_BLOCK + offset) of a sequence's tokens, from position 0 to its last new one."""

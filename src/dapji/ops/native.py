@@ -13,13 +13,14 @@ from functools import cache
 from importlib import import_module
 from itertools import accumulate
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dapji.errors import UnavailableError, UsageError
 from dapji.ops.attention import KvShape, LatentAttention
+from dapji.ops.low_rank import LowRank
 from dapji.ops.lowering import Lowering
 from dapji.ops.recording import Node, Recorder
 from dapji.ops.reference import KvFormat
@@ -124,6 +125,13 @@ class PanelCache(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Of a linear's weight in a program."""
+
+    operation: int
+    product: int
+
+
 def build(
     recorder: Recorder,
     hidden: Node,
@@ -135,8 +143,9 @@ def build(
     n_blocks: int,
     threads: int,
     cache: PanelCache | None = None,
-) -> Any:
-    """The `Program` (src/native/program.h) of what `recorder` recorded: its two outputs.
+) -> tuple[Any, dict[Tensor, Place]]:
+    """The `Program` (src/native/program.h) of what `recorder` recorded, its two outputs; and where each weight of a
+    linear is in it.
 
     Packs every matrix, unless the cache has them; the tensors' memory is not needed afterwards. kv_shapes: of
     each layer.
@@ -165,7 +174,8 @@ def build(
             ropes[id(table)] = program.add_rope(_floats(table.cos), _floats(table.sin))
         return ropes[id(table)]
 
-    for name, *operands in operations:
+    places: dict[Tensor, Place] = {}
+    for index, (name, *operands) in enumerate(operations):
         if name == "embed":
             weight, *rest = operands
             program.add_embed(panels[weight], *rest)
@@ -177,6 +187,7 @@ def build(
             program.add_hidden(source, _norm_weight(norm), norm.arguments["eps"])
         elif name == "linear":
             source, norm, products = operands
+            places |= {weights[0]: Place(index, i) for i, (weights, *_) in enumerate(products)}
             program.add_linear(
                 source,
                 None if norm is None else _norm_weight(norm),
@@ -223,7 +234,35 @@ def build(
             )
         else:
             program.add_select(*operands)
-    return program
+    return program, places
+
+
+def add_adapter(program: Any, number: int, pairs: Sequence[tuple[Place, LowRank]]) -> None:
+    """What sequences of later batches may choose by that number. The matrices are packed in the formats that they have;
+    those with one input side by side, so that the input is read once."""
+    at: dict[int, list[tuple[Place, LowRank]]] = {}
+    for place, pair in pairs:
+        at.setdefault(place.operation, []).append((place, pair))
+    changes = []
+    for operation, together in at.items():
+        shared = {(id(pair.a), pair.scale): pair for _, pair in together}  # a fused matrix has one a for its parts
+        starts = dict(zip(shared, accumulate((pair.rank for pair in shared.values()), initial=0), strict=False))
+        matrices = [pair.a for pair in shared.values()]
+        if len({matrix.format for matrix in matrices}) > 1:
+            matrices = [Tensor.from_float32(matrix.name, matrix.float32()) for matrix in matrices]
+        a = Tensor.joined("a", matrices, sum(matrix.rows for matrix in matrices), matrices[0].cols)
+        scales = np.concatenate([np.full(pair.rank, pair.scale, dtype=np.float32) for pair in shared.values()])
+        parts = [(place.product, _packed(pair.b), starts[id(pair.a), pair.scale]) for place, pair in together]
+        changes.append((operation, _packed(a), scales, parts))
+    program.add_adapter(number, changes)
+
+
+def _packed(matrix: Tensor) -> Any:
+    native = module()
+    shape = matrix.format.name, matrix.rows, matrix.cols
+    memory = native.allocate_panels(native.panels_bytes(*shape))
+    native.pack(*shape, np.ascontiguousarray(matrix.data), None, memory)
+    return native.Panels(*shape, memory)
 
 
 def _add_experts(program: Any, source: int, logits: int, buffer: int, node: Node, panels: Mapping[Tensor, Any]) -> None:

@@ -8,8 +8,8 @@ that a kernel may differ from this by the order of its float32 sums alone. Knows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dapji.ops.attention import Attention, KvShape, LatentAttention, first_visible
 from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.low_rank import LowRank
 from dapji.ops.protocol import Activation
 from dapji.ops.rope import RopeTable, RopeTables
 from dapji.ops.routing import Routing, route
@@ -44,6 +45,19 @@ class ReferenceWeight:
     def expert(self, index: int) -> ReferenceWeight:
         """One matrix of [n, out, in]."""
         return ReferenceWeight(values=self.values[index], quantized=self.quantized)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceLowRank:
+    """`LowRank`, its values."""
+
+    a: Floats
+    b: Floats
+    scale: float
+
+    @staticmethod
+    def load(pair: LowRank) -> ReferenceLowRank:
+        return ReferenceLowRank(a=pair.a.float32(), b=pair.b.float32(), scale=pair.scale)
 
 
 class ReferenceCache:
@@ -83,6 +97,8 @@ class ReferenceOps:
     cache: ReferenceCache
     tables: RopeTables
     activations: Activations
+    adapters: Mapping[ReferenceWeight, Mapping[int, ReferenceLowRank]] = field(default_factory=dict)
+    """What each adapter, by its number in batches, adds to the linear of a weight."""
 
     def embed(self, weight: ReferenceWeight, scale: float) -> Floats:
         return weight.values[self.batch.tokens] * np.float32(scale)
@@ -97,10 +113,14 @@ class ReferenceOps:
         return normed.reshape(x.shape)
 
     def linear(self, x: Floats, weight: ReferenceWeight, bias: ReferenceWeight | None = None) -> Floats:
-        if weight.quantized and self.activations == "q8":
-            x = round_q8(x)
-        y = x @ weight.values.T
-        return y if bias is None else y + bias.values
+        taken = round_q8(x) if weight.quantized and self.activations == "q8" else x
+        y: Floats = taken @ weight.values.T
+        if bias is not None:
+            y += bias.values
+        for number, pair in self.adapters.get(weight, {}).items():
+            rows = self.batch.adapted(number, len(x))
+            y[rows] += np.float32(pair.scale) * (x[rows] @ pair.a.T) @ pair.b.T
+        return y
 
     def rope(self, x: Floats, table: RopeTable, head_dim: int) -> Floats:
         heads = x.reshape(len(x), -1, head_dim)  # [T, n, Dh]

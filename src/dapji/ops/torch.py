@@ -8,7 +8,8 @@ in float32 whatever the weights' type. Needs torch (the extra `train`); import i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -110,14 +111,31 @@ class TorchCache:
             rows.copy(*(slice(block * KV_BLOCK, (block + 1) * KV_BLOCK) for block in (source, target)))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TorchLowRank:
+    """`LowRank` on the device. Gradients flow to a and b, whose type may be another than the weights'."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
+
+
+Adapters = Mapping[Tensor, Mapping[int, TorchLowRank]]
+"""What each adapter, by its number in batches, adds to the linear of a weight."""
+
+
 class TorchOps(ABC):
     """What does not depend on where keys and values are."""
 
     _recordable = False
     """Whether operations must be the same, with the same shapes, whatever the values: what a CUDA graph can record."""
 
-    def __init__(self, tokens: Tensor, positions: Tensor, tables: TorchTables) -> None:
+    def __init__(self, tokens: Tensor, positions: Tensor, tables: TorchTables, adapters: Adapters) -> None:
         """tokens and positions: [T] int64 on the device."""
+        self._adapters = adapters
         self._tokens = tokens
         self._positions = positions
         self.tables = tables
@@ -135,7 +153,14 @@ class TorchOps(ABC):
         return F.rms_norm(heads, (head_dim,), factors, eps).to(x.dtype).view(x.shape)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x.to(weight.dtype), weight, bias)  # a router may be float32 where all else is bfloat16
+        y = F.linear(x.to(weight.dtype), weight, bias)  # a router may be float32 where all else is bfloat16
+        for number, pair in self._adapters.get(weight, {}).items():
+            y = self._add_term(y, x, number, pair)
+        return y
+
+    @abstractmethod
+    def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
+        """y and, for the rows that have the adapter, what its pair makes of x."""
 
     def rope(self, x: Tensor, table: RopeTable, head_dim: int) -> Tensor:
         if table not in self._angles:
@@ -206,12 +231,15 @@ class CachedTorchOps(TorchOps):
     """The ops on one batch. Sequences with as many new tokens attend together; all else takes all rows at once."""
 
     def __init__(
-        self, batch: Batch, cache: TorchCache, tables: TorchTables, device: torch.device, *, length: int | None = None
-    ) -> None:
+        self, batch: Batch, cache: TorchCache, tables: TorchTables, device: torch.device, *,
+        adapters: Adapters | None = None, length: int | None = None,
+    ) -> None:  # fmt: skip
         """length: attend as if the longest sequence had so many tokens (at least as many as it has), by the same
         operations whatever lengths and values are, as a CUDA graph must. Default: by what is least to do."""
-        super().__init__(_index(batch.tokens, device), _index(batch.positions, device), tables)
+        super().__init__(_index(batch.tokens, device), _index(batch.positions, device), tables, adapters or {})
         self._recordable = length is not None
+        self._batch = batch
+        self._adapted: dict[tuple[int, int], Tensor] = {}
         self._cache = cache
         self._rows = _index(batch.rows, device)
         self._hidden_rows = _index(batch.hidden_rows, device)
@@ -224,6 +252,13 @@ class CachedTorchOps(TorchOps):
         """Continue with the batch of `other`, which has the same shape and length, in the tensors of this one."""
         for mine, its in zip(self._indices(), other._indices(), strict=True):
             mine.copy_(its)
+
+    def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
+        key = number, len(x)
+        if key not in self._adapted:
+            self._adapted[key] = _index(self._batch.adapted(number, len(x)), y.device)
+        rows = self._adapted[key]
+        return y.index_add(0, rows, pair(x[rows]).to(y.dtype)) if len(rows) else y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor:
         self._cache.keys[layer].write(self._written, k)
@@ -314,12 +349,15 @@ class _Group:
 class UncachedTorchOps(TorchOps):
     """The ops on whole sequences of one length, all rows wanted; gradients flow through all of them."""
 
-    def __init__(self, tokens: Tensor, tables: TorchTables) -> None:
-        """tokens: [B, S] int64."""
+    def __init__(self, tokens: Tensor, tables: TorchTables, adapters: Adapters | None = None) -> None:
+        """tokens: [B, S] int64. adapters: of all sequences, whatever their numbers."""
         self._n_sequences, self._length = tokens.shape
         positions = torch.arange(self._length, device=tokens.device)
-        super().__init__(tokens.flatten(), positions.repeat(self._n_sequences), tables)
+        super().__init__(tokens.flatten(), positions.repeat(self._n_sequences), tables, adapters or {})
         self._masks: dict[Attention, Tensor | None] = {}
+
+    def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
+        return y + pair(x).to(y.dtype)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor:
         return self._attend(self._tempered(q, attention.temperature), k, v, attention)

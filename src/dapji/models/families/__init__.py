@@ -1,5 +1,6 @@
 """Families of models: foreign configurations and weight names, both ways. One small module per family."""
 
+from dapji.models.families.adapters import adapter_from_gguf, adapter_from_peft
 from dapji.models.families.translate import (
     FAMILIES,
     RANK_HEAD,
@@ -11,4 +12,15 @@ from dapji.models.families.translate import (
     to_hf,
 )
 
-__all__ = ["FAMILIES", "RANK_HEAD", "config_from_hf", "from_gguf", "from_hf", "gguf_rules", "to_gguf", "to_hf"]
+__all__ = [
+    "FAMILIES",
+    "RANK_HEAD",
+    "adapter_from_gguf",
+    "adapter_from_peft",
+    "config_from_hf",
+    "from_gguf",
+    "from_hf",
+    "gguf_rules",
+    "to_gguf",
+    "to_hf",
+]

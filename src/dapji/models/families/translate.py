@@ -22,7 +22,7 @@ from dapji.models.families.family import HF_IGNORABLE, Family, GgufFacts
 from dapji.models.families.fields import Fields
 from dapji.models.families.gemma import GEMMA2, GEMMA3
 from dapji.models.families.kimi_k2 import KIMI_K2
-from dapji.models.families.layout import GGUF, Rule, give, take
+from dapji.models.families.layout import GGUF, Layout, Rule, give, take
 from dapji.models.families.llama import LLAMA
 from dapji.models.families.llama4 import LLAMA4
 from dapji.models.families.mistral import MISTRAL
@@ -90,7 +90,7 @@ def from_hf(config_json: Mapping[str, object], tensors: Mapping[str, Tensor]) ->
                 hint="set tie_word_embeddings to false if the head is a matrix of its own",
             )
     _check_room(config, given)
-    layout = family.hf if family.hf_layout is None else family.hf_layout(fields)
+    layout = _hf_layout(family, fields)
     predictors = [
         name for rule in layout.all_rules(config) if rule.ours[0].startswith("predictors.") for name in rule.foreign
     ]
@@ -122,6 +122,15 @@ def _read_config(config_json: Mapping[str, object]) -> tuple[Family, Fields, str
     return family, inner, family.wrapper.prefix
 
 
+def _hf_layout(family: Family, fields: Fields) -> Layout:
+    return family.hf if family.hf_layout is None else family.hf_layout(fields)
+
+
+def hf_layout_of(family: Family, config_json: Mapping[str, object] | None) -> Layout:
+    """Of a folder with that config.json; None: as we write it, and as published."""
+    return family.hf if config_json is None else _hf_layout(family, _read_config(config_json)[1])
+
+
 def _without_storage(config_json: Mapping[str, object]) -> dict[str, object]:
     """What it says of the model, and not of how its weights are stored."""
     return {
@@ -150,7 +159,7 @@ def _left_out(family: Family) -> tuple[str, ...]:
 def to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The inverse: a `config.json` that transformers loads (without token ids, which the tokenizer knows) and the
     tensors by their names there. Raises ConfigError where the family's config.json cannot say something."""
-    family = _family(config)
+    family = family_of(config)
     config_json = {"model_type": family.name, "architectures": [family.hf_architecture], **family.to_hf(config)}
     named = give(family.hf.all_rules(config), tensors)
     if config.headless:
@@ -190,7 +199,7 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
 def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The inverse: the metadata of the architecture and the tensors by GGUF name, to which the writer adds the
     tokenizer. Raises ConfigError where GGUF cannot say something."""
-    family = _family(config)
+    family = family_of(config)
     metadata: dict[str, object] = {"general.architecture": family.gguf_architecture}
     for key, value in family.to_gguf(config).items():
         metadata[f"{family.gguf_architecture}.{key}"] = value
@@ -204,7 +213,7 @@ def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
 
 def gguf_rules(config: ModelConfig) -> list[Rule]:
     """Which tensors of GGUF hold which weights; rope's aside. For who wants names and shapes without weights."""
-    return _family(config).gguf.all_rules(config)
+    return family_of(config).gguf.all_rules(config)
 
 
 def _rope_tensors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
@@ -213,7 +222,8 @@ def _rope_tensors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
     return next((rope_tensors(rope) for rope in ropes if rope is not None), {})
 
 
-def _family(config: ModelConfig) -> Family:
+def family_of(config: ModelConfig) -> Family:
+    """That which the configuration names."""
     return next(family for family in FAMILIES if family.name == config.family)
 
 

@@ -1,0 +1,232 @@
+"""Adapters in foreign formats: PEFT's folders and llama.cpp's GGUF files, by the layouts that their models have.
+
+A layout moves the rows of a weight; those of an adapter's B move with them, whatever is fused, split or rotated. Takes
+plain mappings: the files are read in `weights`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from dapji.errors import ConfigError
+from dapji.models.adapter import Adapter, adaptable
+from dapji.models.config import ModelConfig, Shape
+from dapji.models.families.fields import Fields, listed
+from dapji.models.families.layout import Index, Rule
+from dapji.models.families.translate import family_of, hf_layout_of
+from dapji.ops.formats import FORMATS, Bytes
+from dapji.ops.low_rank import LowRank
+from dapji.ops.tensor import Tensor
+
+_PEFT = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+_PEFT_IGNORABLE = (
+    # by whom, of what, on what
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    # which weights: the tensors say it
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    # training, and how it began
+    "lora_dropout",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "ensure_weight_tying",
+    "megatron_config",
+    "megatron_core",
+    "runtime_config",
+    # of use_qalora
+    "qalora_group_size",
+)
+_PEFT_REFUSED = (
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "lora_bias",
+    "fan_in_fan_out",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""What changes more than low-rank matrices can, or in another way."""
+_MERGE = "merge it into its base with PEFT, and use the result as a model of its own"
+_OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of ways to initialise that take from the base what they give to the adapter."""
+_GGUF_KEYS = ("type", "lora.alpha", "lora.task_name", "lora.prompt_prefix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Foreign:
+    """A pair as it is stored, for one foreign weight."""
+
+    a: Tensor
+    b: Tensor
+    rank: int
+    """What the configuration says."""
+    scale: float
+
+
+def adapter_from_peft(
+    config: ModelConfig,
+    adapter_config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    config_json: Mapping[str, object] | None = None,
+) -> Adapter:
+    """An adapter for that model out of PEFT's parsed adapter_config.json and the tensors of adapter_model.safetensors.
+
+    config_json: of the model, where it came from a folder; else it is taken to be laid out as the family's folders are.
+    Raises ConfigError on another method than LoRA, on keys that are unknown or change more than that, and where the
+    tensors do not fit the model.
+    """
+    fields = Fields({k: v for k, v in adapter_config.items() if v not in (None, [], {})}, where=_PEFT)
+    fields.choice("peft_type", {"LORA": None})
+    for key in _PEFT_REFUSED:
+        if adapter_config.get(key):
+            raise ConfigError(f"{_PEFT}: {key} is not supported in an adapter", hint=_MERGE)
+    if fields.holds("init_lora_weights", str) and fields.string("init_lora_weights").startswith(_OWN_BASE):
+        raise ConfigError(
+            f"{_PEFT}: init_lora_weights {fields.string('init_lora_weights')!r} is for a base that it has changed",
+            hint="convert it when it is saved: save_pretrained(path_initial_model_for_weight_conversion=…)",
+        )
+    fields.choice("bias", {"none": None}, "none")
+    rank, alpha = fields.integer("r", 8), fields.number("lora_alpha", 8)
+    root = fields.boolean("use_rslora", False)
+    ranks, alphas = _pattern(adapter_config, "rank_pattern"), _pattern(adapter_config, "alpha_pattern")
+    fields.finish((*_PEFT_IGNORABLE, *_PEFT_REFUSED, "init_lora_weights", "rank_pattern", "alpha_pattern"))
+    family = family_of(config)
+    given: dict[str, _Foreign] = {}
+    for module, a, b in _paired(tensors, ".lora_A.weight", ".lora_B.weight"):
+        name = module.removeprefix(_PEFT_PREFIX)
+        own = int(_matching(ranks, name, rank))
+        scale = _matching(alphas, name, alpha) / (math.sqrt(own) if root else own)
+        if family.wrapper is not None:
+            name = name.removeprefix(family.wrapper.prefix)
+        given[f"{name}.weight"] = _Foreign(a=a, b=b, rank=own, scale=scale)
+    return _adapter(config, hf_layout_of(family, config_json).all_rules(config), given)
+
+
+def adapter_from_gguf(config: ModelConfig, metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Adapter:
+    """The same out of a GGUF file of the type adapter, as llama.cpp's convert_lora_to_gguf.py writes it."""
+    family = family_of(config)
+    general = Fields(metadata, where="GGUF", prefix="general.")
+    general.choice("type", {"adapter": None}, "model")
+    architecture = general.string("architecture")
+    if architecture != family.gguf_architecture:
+        raise ConfigError(f"the adapter is for a {architecture}, but the model is a {family.gguf_architecture}")
+    fields = Fields(metadata, where="GGUF", prefix="adapter.")
+    fields.choice("type", {"lora": None})
+    alpha = fields.number("lora.alpha")
+    fields.finish(_GGUF_KEYS)
+    given = {
+        weight: _Foreign(a=a, b=b, rank=a.shape[0], scale=alpha / a.shape[0] if alpha else 1.0)
+        for weight, a, b in _paired(tensors, ".lora_a", ".lora_b")
+    }
+    return _adapter(config, family.gguf.all_rules(config), given)
+
+
+def _paired(tensors: Mapping[str, Tensor], a_end: str, b_end: str) -> list[tuple[str, Tensor, Tensor]]:
+    """What stands before the ends, a and b."""
+    if others := [name for name in tensors if not name.endswith((a_end, b_end))]:
+        raise ConfigError(f"the adapter has more than low-rank matrices: {listed(sorted(others))}", hint=_MERGE)
+    pairs = []
+    for prefix in dict.fromkeys(name.removesuffix(a_end).removesuffix(b_end) for name in tensors):
+        if missing := [prefix + end for end in (a_end, b_end) if prefix + end not in tensors]:
+            raise ConfigError(f"the adapter lacks {missing[0]}")
+        a, b = tensors[prefix + a_end], tensors[prefix + b_end]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise ConfigError(f"{a.name} and {b.name} have shapes {list(a.shape)} and {list(b.shape)}, no common rank")
+        pairs.append((prefix, a, b))
+    if not pairs:
+        raise ConfigError("the adapter has no tensors")
+    return pairs
+
+
+def _pattern(adapter_config: Mapping[str, object], key: str) -> Mapping[str, float]:
+    """Of modules: the end of a name -> its number. PEFT takes regular expressions, of which people write names."""
+    values = adapter_config.get(key) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{_PEFT}: {key} must be an object")
+    fields = Fields(values, where=f"{_PEFT}: {key}")
+    for name in values:
+        if not re.fullmatch(r"(\^|\.\*\\?\.)?(\w|\\?\.)+", name):
+            raise ConfigError(f"{_PEFT}: {key} has {name!r}, and only names of modules are supported")
+    return {name.replace("\\.", ".").removeprefix(".*."): fields.number(name) for name in values}
+
+
+def _matching(pattern: Mapping[str, float], module: str, default: float) -> float:
+    for name, value in pattern.items():
+        if f".{module}".endswith(f".{name}") or f"^{module}" == name:
+            return value
+    return default
+
+
+def _adapter(config: ModelConfig, rules: Sequence[Rule], given: Mapping[str, _Foreign]) -> Adapter:
+    """given: by foreign name of the weight."""
+    by_name = {rule.foreign[0]: rule for rule in rules if len(rule.foreign) == 1}
+    shapes = adaptable(config)
+    pairs: dict[str, LowRank] = {}
+    for weight, pair in given.items():
+        if weight not in by_name:
+            raise ConfigError(
+                f"the adapter changes {weight.removesuffix('.weight')}, which is no matrix of this model that adapters "
+                "can change",
+                hint="it may be for another model; routed experts are never changed",
+            )
+        if pair.a.shape[0] != pair.rank:
+            raise ConfigError(f"{pair.a.name} has rank {pair.a.shape[0]}, but {_PEFT} says {pair.rank}")
+        rule = by_name[weight]
+        (shape,) = rule.shapes
+        if len(shape) != 2 or (pair.b.shape[0], pair.a.shape[1]) != shape:
+            raise ConfigError(
+                f"{weight.removesuffix('.weight')} is {list(shape)} in this model, but the adapter's matrices "
+                f"{list(pair.b.shape)} and {list(pair.a.shape)} are for {[pair.b.shape[0], pair.a.shape[1]]}",
+                hint="the adapter is for another model",
+            )
+        for name, order in _parts(rule, shape):
+            if name not in shapes:
+                _refuse(weight, name)
+            b = pair.b if order is None else pair.b.take_rows(order, f"{pair.b.name} ({name.rpartition('.')[2]})")
+            pairs[name] = LowRank(a=pair.a, b=b, scale=pair.scale)
+    adapter = Adapter(pairs=pairs)
+    adapter.check(config)
+    return adapter
+
+
+def _parts(rule: Rule, shape: Shape) -> list[tuple[str, Index | None]]:
+    """Our weights that the rule makes of a foreign matrix, and which of its rows they are; None: all, as they stand."""
+
+    def unread() -> Bytes:
+        raise AssertionError("rows change places by their numbers alone")
+
+    probe = Tensor(name=rule.foreign[0], format=FORMATS["F32"], shape=shape, source=unread)
+    parts = list(zip(rule.ours, rule.read([probe]), strict=True))
+    for name, part in parts:
+        if part.source is not unread or part.cols != shape[1]:
+            _refuse(rule.foreign[0], name)
+    return [(name, part.order) for name, part in parts]
+
+
+def _refuse(weight: str, name: str) -> NoReturn:
+    what = "the embedding" if name == "embed" else "an expert" if ".experts." in name else name.rpartition(".")[2]
+    raise ConfigError(
+        f"the adapter changes {weight.removesuffix('.weight')} ({what}), which is not supported", hint=_MERGE
+    )

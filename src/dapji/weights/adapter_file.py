@@ -1,0 +1,37 @@
+"""`open_adapter`: an adapter on disk, for the model that it shall change: PEFT's folder or llama.cpp's GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dapji.errors import ConfigError, FormatError, ModelNotFound
+from dapji.models import families
+from dapji.models.adapter import Adapter
+from dapji.models.config import ModelConfig
+from dapji.weights.checkpoint import read_json
+from dapji.weights.files import map_file
+from dapji.weights.gguf import read_gguf
+from dapji.weights.safetensors import parse_safetensors
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+
+
+def open_adapter(path: Path, config: ModelConfig, config_json: Mapping[str, object] | None = None) -> Adapter:
+    """Maps the matrices, reads none of them. config_json: as in `families.adapter_from_peft`.
+
+    Raises ModelNotFound, FormatError, and ConfigError where it is no adapter for that model.
+    """
+    if not path.exists():
+        raise ModelNotFound(f"{path}: no such file or folder")
+    try:
+        if not path.is_dir():
+            file = read_gguf(path)
+            return families.adapter_from_gguf(config, file.metadata, file.tensors)
+        if not (path / TENSORS_NAME).exists():
+            raise FormatError(f"{path}: no {TENSORS_NAME}", hint="an adapter is a folder as PEFT writes it, or a .gguf")
+        stored = parse_safetensors(map_file(path / TENSORS_NAME), str(path / TENSORS_NAME))
+        return families.adapter_from_peft(config, read_json(path / CONFIG_NAME), stored, config_json=config_json)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error
