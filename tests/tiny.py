@@ -6,18 +6,21 @@ has one likely successor, and attention and feed-forward add nothing to that; so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from dapji.model import open_files
 from dapji.models import families
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
 from dapji.ops.rope import RopeConfig
 from dapji.ops.tensor import Tensor
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import write_gguf
+from dapji.weights.safetensors import write_safetensors
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -111,3 +114,24 @@ def write_tiny(
     }
     write_gguf(path, metadata, [TensorToWrite.of(name, tensor) for name, tensor in named.items()])
     return path
+
+
+def write_adapter(folder: Path, model: Path, successors: Mapping[str, str]) -> Path:
+    """An adapter as PEFT writes it, for a tiny model: after the first of each pair of tokens comes the second."""
+    files = open_files(model)
+    letters, tokens = alphabet(), list(files.checkpoint.metadata["tokenizer.ggml.tokens"])
+    pairs = [[tokens.index("".join(letters[b] for b in text.encode())) for text in pair] for pair in successors.items()]
+    a = np.stack([files.tensors["embed"].float32()[first] for first, _ in pairs])  # [n, D]
+    b = np.zeros((len(tokens), len(pairs)), dtype=np.float32)
+    for i, (_, second) in enumerate(pairs):
+        b[second, i] = 3
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": len(pairs), "lora_alpha": len(pairs), "target_modules": ["lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    matrices = {"A": a, "B": b}
+    tensors = [
+        Tensor.from_float32(f"base_model.model.lm_head.lora_{letter}.weight", matrix)
+        for letter, matrix in matrices.items()
+    ]
+    write_safetensors(folder / "adapter_model.safetensors", [TensorToWrite.of(each.name, each) for each in tensors])
+    return folder

@@ -21,6 +21,7 @@ from dapji.chat.formats import ANY_TOOL, Content, Event, Parser, Reasoning, Tool
 from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
 from dapji.errors import ConfigError, RequestError, TokenizerError, UsageError
 from dapji.models import families
+from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig, Pooling
 from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
 from dapji.models.size import cached_bytes
@@ -104,6 +105,13 @@ class Files:
             raise ConfigError(f"{self.checkpoint.path}: default sampling: {error.message}") from error
         return found
 
+    def adapter(self, path: Path) -> Adapter:
+        """PEFT's folder or a GGUF file. Raises ModelNotFound, FormatError, and ConfigError where it does not fit."""
+        from dapji.weights.adapter_file import open_adapter  # few models have one
+
+        config_json = self.checkpoint.metadata if self.checkpoint.kind == "huggingface" else None
+        return open_adapter(path, self.config, config_json)
+
 
 def open_files(name_or_path: str | Path) -> Files:
     """Open a model of the store, a GGUF file or a folder. Maps the weights, reads none of them.
@@ -127,6 +135,7 @@ def load(
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
     speculate: bool = True,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Open a model and make it ready to answer.
 
@@ -137,10 +146,12 @@ def load(
     side; at least what one of `context` takes, which is the default. device, dtype (of weights and activations): torch
     only.
     speculate: compute tokens ahead where a text repeats itself (docs/engine.md); the answers are the same.
+    adapter: PEFT's folder or a GGUF file, for every answer that does not choose another (docs/adapters.md).
     Raises ModelNotFound, FormatError, ConfigError, TokenizerError, UnavailableError.
     """
     files = open_files(name_or_path)
     tokenizer = files.tokenizer()  # before the executor, which takes longer: what is wrong with it shows at once
+    change = None if adapter is None else files.adapter(Path(adapter).expanduser())
     kind = executor or default_kind()
     if context is None:
         context = min(files.config.max_context, DEFAULT_CONTEXT)
@@ -160,7 +171,17 @@ def load(
     )
     engine = Engine(opened, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, speculate=speculate)
     memory = files.checkpoint.nbytes + n_blocks * block_bytes
-    return Model(files, tokenizer, engine, executor=opened, memory=memory)
+    model = Model(files, tokenizer, engine, executor=opened, memory=memory)
+    if change is not None:
+        model.adapter = model._add_adapter(Path(str(adapter)).stem, change)
+    return model
+
+
+class LoadedAdapter(NamedTuple):
+    number: int
+    """As the engine knows it."""
+    nbytes: int
+    """Of its matrices."""
 
 
 def load_on_vllm(path: Path, address: Address) -> Model:
@@ -199,6 +220,10 @@ class Model:
         self.executor = executor
         self.memory = memory
         self.name = files.checkpoint.path.name
+        self.adapter: str | None = None
+        """That of answers which do not choose one; None: they come from the model as it is."""
+        self.adapters: dict[str, LoadedAdapter] = {}
+        """Those that answers may choose, by name."""
         self._sampling = files.sampling()
 
     @cached_property
@@ -238,6 +263,37 @@ class Model:
         bits = 8 * self.files.checkpoint.nbytes / n
         return f"{size} parameters of {bits:.2g} bits, context {self.engine.context}"
 
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """What answers may choose from now on by that name, beside others: PEFT's folder or a GGUF file.
+
+        Raises UsageError where the name is taken; ModelNotFound, FormatError and, where it is not for this model,
+        ConfigError.
+        """
+        if name in self.adapters:
+            raise UsageError(f"there is an adapter {name!r} already")
+        self._add_adapter(name, self.files.adapter(Path(path).expanduser()))
+
+    def _add_adapter(self, name: str, adapter: Adapter) -> str:
+        self.adapters[name] = LoadedAdapter(self.engine.add_adapter(adapter), adapter.nbytes)
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees it. Raises UsageError while answers use it, or where there is none."""
+        if name not in self.adapters:
+            raise UsageError(f"there is no adapter {name!r}")
+        self.engine.remove_adapter(self.adapters[name].number)
+        del self.adapters[name]
+
+    def adapter_number(self, name: str | None) -> int:
+        """As the engine knows it; None: that of `adapter`. Raises RequestError where there is none of that name."""
+        name = self.adapter if name is None else name
+        if name is None:
+            return 0
+        if name not in self.adapters:
+            there = f"there are {', '.join(self.adapters)}" if self.adapters else "none is loaded"
+            raise RequestError(f"there is no adapter {name!r}", hint=there)
+        return self.adapters[name].number
+
     def options(
         self,
         *,
@@ -245,12 +301,13 @@ class Model:
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> dict[str, Any]:
         """The options of an answer, all of them, with the model's own defaults filled in.
 
         max_tokens, logprobs: as in `Request`. stop: the answer ends before the first of these texts. grammar: what the
-        answer must be; unless max_tokens cuts it off, it is.
+        answer must be; unless max_tokens cuts it off, it is. adapter: a name of `adapters`; None: that of `adapter`.
         sampling: fields of `Sampling`. Raises RequestError for an unknown option or a value out of range.
         """
         own = {
@@ -258,6 +315,7 @@ class Model:
             "stop": (stop,) if isinstance(stop, str) else tuple(stop),
             "logprobs": logprobs,
             "grammar": grammar,
+            "adapter": adapter,
         }
         known = {field.name for field in fields(Sampling)}
         if unknown := sampling.keys() - known:
@@ -389,8 +447,8 @@ class Model:
     ) -> Prepared:
         """continuation: the answer goes on a text, so that a space at its beginning belongs to it."""
         chosen = self.options(**options)
-        max_tokens, stop, logprobs, grammar = (
-            chosen.pop(name) for name in ("max_tokens", "stop", "logprobs", "grammar")
+        max_tokens, stop, logprobs, grammar, adapter = (
+            chosen.pop(name) for name in ("max_tokens", "stop", "logprobs", "grammar", "adapter")
         )
         markers = {token: spelling for spelling, token in self.tokenizer.control.items() if parser.wants(spelling)}
         text = _Text(Detokenizer(self.tokenizer, continuation=continuation), StopStrings(stop), markers)
@@ -401,6 +459,7 @@ class Model:
             stop=text.push,
             constraint=None if grammar is None else self.grammars.start(grammar),
             logprobs=logprobs,
+            adapter=self.adapter_number(adapter),
         )
         return Prepared(request=request, text=text, parser=parser)
 

@@ -12,6 +12,7 @@ from dapji.cli.console import read_prompt, write
 from dapji.cli.options import (
     DEFAULT_MODEL,
     SMALL_MODEL,
+    adapter_option,
     context_option,
     executor_options,
     given_sampling,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--load", "session", metavar="FILE", help="Go on with a conversation saved by /save.")
 @click.option("--stats", is_flag=True, help="Tokens per second after each answer, on stderr.")
 @sampling_options
+@adapter_option
 @context_option
 @executor_options
 @speculate_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -73,6 +74,13 @@ def executor_options(command: F) -> F:
 
 context_option = click.option(
     "--context", type=click.IntRange(1), help="Longest conversation in tokens [default: the model's, at most 8192]."
+)
+
+adapter_option = click.option(
+    "--adapter",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="A LoRA adapter for the model: PEFT's folder, or a GGUF file.",
 )
 
 speculate_option = click.option(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dapji.cli.console import read_stdin
-from dapji.cli.options import executor_options
+from dapji.cli.options import adapter_option, executor_options
 
 
 @click.command()
@@ -18,6 +18,7 @@ from dapji.cli.options import executor_options
 @click.option("--chunk", type=click.IntRange(6), default=512, show_default=True, help="Tokens per chunk, even.")
 @click.option("--max-chunks", type=click.IntRange(1), help="Stop after so many chunks [default: the whole text].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@adapter_option
 @executor_options
 def command(model: str, file: Path, chunk: int, max_chunks: int | None, as_json: bool, **values: Any) -> None:
     """Measure the perplexity of MODEL on the text in FILE, or on stdin: exp of the mean negative
@@ -59,7 +60,15 @@ def command(model: str, file: Path, chunk: int, max_chunks: int | None, as_json:
             bar.set_postfix_str(f"{so_far:.4f}", refresh=False)
             bar.update(done - bar.n)
 
-        result = perplexity(opened.engine, tokens, chunk=chunk, max_chunks=max_chunks, bos_id=bos_id, progress=progress)
+        result = perplexity(
+            opened.engine,
+            tokens,
+            chunk=chunk,
+            max_chunks=max_chunks,
+            bos_id=bos_id,
+            adapter=opened.adapter_number(None),
+            progress=progress,
+        )
     left_out = len(tokens) - result.chunks * chunk
     if as_json:
         about = {"perplexity": result.value, "error": result.error, "chunk": chunk, "chunks": result.chunks}

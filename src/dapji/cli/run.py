@@ -10,6 +10,7 @@ import click
 
 from dapji.cli.console import read_prompt, write
 from dapji.cli.options import (
+    adapter_option,
     context_option,
     executor_options,
     given_sampling,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option("--stats", is_flag=True, help="Tokens per second, on stderr.")
 @sampling_options
+@adapter_option
 @context_option
 @executor_options
 @speculate_option

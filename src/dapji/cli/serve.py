@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 
 from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, speculate_option
 from dapji.cli.vllm import check_engine_options, engine_options, model_on_vllm
-from dapji.errors import DapjiError, UnavailableError, UsageError
+from dapji.errors import DapjiError, ModelNotFound, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from dapji.model import Model
@@ -31,6 +31,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     default="127.0.0.1",
     show_default=True,
     help="Address to listen on; others than this machine's need a key.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[MODEL:]NAME=PATH",
+    help="A LoRA adapter that clients choose as MODEL:NAME: PEFT's folder or a GGUF file; may be repeated.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free one.")
 @click.option(
@@ -88,6 +95,7 @@ def command(
     call: click.Context,
     /,
     models: tuple[str, ...],
+    adapters: tuple[str, ...],
     host: str,
     port: int,
     hosts: tuple[str, ...],
@@ -124,6 +132,7 @@ def command(
       dapji serve smollm2-135m
       dapji serve qwen2.5-coder-0.5b ./model.gguf --memory 4
       curl localhost:8410/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+      dapji serve smollm2-135m --adapter support=./support --adapter legal=./legal.gguf
       dapji key add me && dapji serve --host 0.0.0.0 --allow-host llm.example.org \\
         --tls-cert cert.pem --tls-key key.pem
       dapji key add me && dapji serve --host 192.168.1.5 --tls-self-signed
@@ -154,7 +163,7 @@ def command(
         if error.name not in needed:
             raise
         raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
-    from dapji.model import load
+    from dapji.model import load, open_files
     from dapji.server import keys
     from dapji.server.log import configure
     from dapji.server.registry import Registry
@@ -200,8 +209,15 @@ def command(
             model, process = held.enter_context(model_on_vllm(names, vllm_command, vllm_url, context=context))
             opened, kv_bytes = lambda path: model, 0
         registry = Registry(
-            names, load=opened, memory=None if memory is None else round(memory * 1e9), kv_memory=kv_bytes
+            names,
+            load=opened,
+            memory=None if memory is None else round(memory * 1e9),
+            kv_memory=kv_bytes,
+            adapters=[_adapter(text, names) for text in adapters],
         )
+        for served in registry.models.values():  # now, and not when the first client asks
+            if served.parent is not None:
+                open_files(served.parent.path).adapter(served.path)
         listening = bind(host, port)
         configure(log)
         click.echo(f"models: {', '.join(registry.models)}", err=True)
@@ -227,6 +243,23 @@ def command(
         listener.run([listening])
     if failures:
         raise failures[0]
+
+
+def _adapter(text: str, models: Sequence[str]) -> tuple[str, str, Path]:
+    """Name of its model, its own and its path."""
+    from dapji.server.registry import name_of
+
+    match = re.fullmatch(r"(?:([^=]+):)?([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", text)
+    if match is None:
+        raise UsageError(f"--adapter {text!r} is not [MODEL:]NAME=PATH", hint="--adapter support=./my-adapter")
+    model, name, path = match.groups()
+    if model is None and len(models) > 1:
+        raise UsageError(
+            f"--adapter {text!r} does not say for which model", hint=f"--adapter {name_of(models[0])}:{name}={path}"
+        )
+    if not Path(path).expanduser().exists():
+        raise ModelNotFound(f"{path}: no such file or folder")
+    return model or name_of(models[0]), name, Path(path).expanduser()
 
 
 def _tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:

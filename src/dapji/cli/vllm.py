@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _COMMAND = "vllm serve"
-_OWN = ("executor", "threads", "kv", "device", "dtype", "speculate", "kv_memory", "memory")
+_OWN = ("executor", "threads", "kv", "device", "dtype", "speculate", "kv_memory", "memory", "adapters")
 """Options of `dapji serve` that its own engine reads, and vLLM does not."""
 _KEY = "VLLM_API_KEY"
 

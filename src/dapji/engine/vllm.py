@@ -138,6 +138,7 @@ class VllmEngine(BaseEngine):
     def _submit_generation(
         self, request: Request, prompt: NDArray[np.int32], room: int, stop_tokens: frozenset[int], deliver: Deliver
     ) -> Handle:
+        _check_no_adapter(request.adapter)
         body = {
             "model": self._model,
             "prompt": prompt.tolist(),
@@ -156,7 +157,10 @@ class VllmEngine(BaseEngine):
             body["structured_outputs"] = _structured(request.constraint.source)
         return self._submit(self._generate_all(request, msgspec.json.encode(body), room, stop_tokens, deliver), deliver)
 
-    def _submit_scoring(self, tokens: NDArray[np.int32], start: int, n_top: int, deliver: Deliver) -> Handle:
+    def _submit_scoring(
+        self, tokens: NDArray[np.int32], start: int, n_top: int, adapter: int, deliver: Deliver
+    ) -> Handle:
+        _check_no_adapter(adapter)
         if len(tokens) >= self.context:
             raise ContextError(
                 f"the text ({len(tokens)} tokens) and the one that vLLM generates behind it exceed the context "
@@ -172,7 +176,7 @@ class VllmEngine(BaseEngine):
         }
         return self._submit(self._score_all(tokens, msgspec.json.encode(body), start, n_top, deliver), deliver)
 
-    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, deliver: Deliver) -> Handle:
+    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver) -> Handle:
         raise RequestError(
             "this server's model runs on vLLM, which is asked for tokens: it gives no embeddings",
             hint="serve an embedding model with Dapji's own engine",
@@ -342,6 +346,12 @@ class _Generation:
             timings=Timings(first_token=self._first - self._submitted, decode=self._latest - self._first),
         )
         return Output(token=token, logprobs=logprobs, finish=finish)
+
+
+def _check_no_adapter(number: int) -> None:
+    """As `Engine` refuses those that it does not have."""
+    if number:
+        raise RequestError(f"there is no adapter {number}")
 
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:

@@ -34,12 +34,13 @@ def perplexity(
     chunk: int = 512,
     max_chunks: int | None = None,
     bos_id: int | None = None,
+    adapter: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """Score `tokens` in chunks; what does not fill one at the end is left out.
 
     tokens: of the whole text, with the BOS in front where the model wants one (so that chunks lie as the peer's do).
-    bos_id: where the model wants one, it replaces the first token of every chunk.
+    bos_id: where the model wants one, it replaces the first token of every chunk. adapter: as the engine knows it.
     progress: called after each chunk with chunks done, chunks in all, and the perplexity so far.
     Raises UsageError for numbers that make no sense and a text shorter than one chunk, ContextError where a chunk
     exceeds the engine's context, FormatError where the model gives no numbers.
@@ -61,7 +62,7 @@ def perplexity(
         ids = list(tokens[i * chunk : (i + 1) * chunk])
         if bos_id is not None:
             ids[0] = bos_id
-        losses[i] = -engine.score(ids, start=chunk // 2 + 1).chosen
+        losses[i] = -engine.score(ids, start=chunk // 2 + 1, adapter=adapter).chosen
         if np.isnan(losses[i]).any():
             raise FormatError(f"chunk {i}: the model's logits are not numbers", hint="its weights are probably damaged")
         if progress is not None:

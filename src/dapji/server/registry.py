@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +30,14 @@ class Served:
     """Bytes that it takes while it is open: until it was, an estimate."""
     created: int
     """Seconds since 1970, of its file."""
+    parent: Served | None = None
+    """The model whose adapter it is; its name is the parent's, a colon and `adapter`."""
+    adapter: str | None = None
+    """The adapter's name on its own."""
+    children: list[Served] = field(default_factory=list)
+    """Of a model its adapters."""
     model: Model | None = None
-    """None: not open."""
+    """None: not open. Of an adapter the parent's."""
     users: int = 0
     """Requests that are at it."""
     used: float = 0.0
@@ -43,21 +49,39 @@ class Served:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+def name_of(model: str | Path) -> str:
+    """What clients call a model of the store, or a path."""
+    return Path(model).stem if Path(model).exists() else str(model)
+
+
 class Registry:
     """For one asyncio loop."""
 
     def __init__(
-        self, names: Iterable[str | Path], *, load: Callable[[Path], Model], memory: int | None, kv_memory: int = 0
+        self,
+        names: Iterable[str | Path],
+        *,
+        load: Callable[[Path], Model],
+        memory: int | None,
+        kv_memory: int = 0,
+        adapters: Iterable[tuple[str, str, Path]] = (),
     ) -> None:
         """names: of the store, or paths; the first is the default. memory: bytes that open models may take together;
-        None: any number are open at once. kv_memory: of it, what each takes beside its weights. Raises ModelNotFound.
+        None: any number are open at once. kv_memory: of it, what each takes beside its weights. adapters: name of the
+        model, name and path of each. Raises ModelNotFound.
         """
         self.models: dict[str, Served] = {}
         for name in names:
             path = store.resolve(name)
-            named = path.stem if Path(name).exists() else str(name)
-            size = sum(part.stat().st_size for part in path.rglob("*")) if path.is_dir() else path.stat().st_size
+            named, size = name_of(name), _size(path)
             self.models[named] = Served(named, path, size, size + kv_memory, int(path.stat().st_mtime))
+        for base, name, path in adapters:
+            if base not in self.models:
+                raise ModelNotFound(f"there is no model {base!r} here for the adapter {name}")
+            parent, named, size = self.models[base], f"{base}:{name}", _size(path)
+            served = Served(named, path, size, size, int(path.stat().st_mtime), parent=parent, adapter=name)
+            parent.children.append(served)
+            self.models[named] = served
         self._load = load
         self._memory = memory
 
@@ -65,15 +89,24 @@ class Registry:
     async def use(self, name: str | None) -> AsyncIterator[tuple[str, Model]]:
         """The model, open for as long as the context lasts; None: the default. Raises Problem."""
         served = self.find(name)
-        served.users += 1
-        self.rest(served)
-        try:
+        with self._used(served):
             # Who gives up waiting does not stop the loading, which another will want or `close` will find.
             yield served.name, await asyncio.shield(asyncio.ensure_future(self._opened(served)))
+
+    @contextmanager
+    def _used(self, served: Served) -> Iterator[None]:
+        """A request is at it, and so at the model whose adapter it is."""
+        both = [served] if served.parent is None else [served, served.parent]
+        for each in both:
+            each.users += 1
+            self.rest(each)
+        try:
+            yield
         finally:
-            served.users -= 1
-            served.used = time.monotonic()
-            self.rest(served)
+            for each in both:
+                each.users -= 1
+                each.used = time.monotonic()
+                self.rest(each)
 
     def rest(self, served: Served) -> None:
         """Closes the model when its time is over (`Served.keep`), where nobody uses it."""
@@ -89,11 +122,22 @@ class Registry:
 
     async def _opened(self, served: Served) -> Model:
         async with served.opening:
-            if served.model is None:
+            if served.model is None and served.parent is not None:
+                await self._open_adapter(served, served.parent)
+            elif served.model is None:
                 self._make_room(served)
                 served.model = await asyncio.to_thread(self._load, served.path)
                 served.memory = served.model.memory
+            assert served.model is not None
             return served.model
+
+    async def _open_adapter(self, served: Served, parent: Served) -> None:
+        assert served.adapter is not None
+        with self._used(parent):  # it stays open, whether or not somebody still waits
+            model = await self._opened(parent)
+            self._make_room(served)
+            await asyncio.to_thread(model.load_adapter, served.adapter, served.path)
+            served.model, served.memory = model, model.adapters[served.adapter].nbytes
 
     def find(self, name: str | None) -> Served:
         """Raises Problem where there is none."""
@@ -121,18 +165,29 @@ class Registry:
                     f"into this server's {self._memory} bytes",
                     headers={"Retry-After": "10"},
                 )
-            _close(min(idle, key=lambda served: served.used))
+            # an adapter before its model
+            _close(min(idle, key=lambda served: (served.used, served.parent is None)))
 
     def close(self) -> None:
         for served in self.models.values():
-            if served.model is not None:
+            if served.model is not None and served.parent is None:
                 _close(served)
 
 
 def _close(served: Served) -> None:
+    """With its adapters."""
     assert served.model is not None
-    served.model.close()
-    served.model = None
-    if served.closing is not None:
-        served.closing.cancel()
-        served.closing = None
+    if served.adapter is None:
+        served.model.close()
+    else:
+        served.model.unload_adapter(served.adapter)
+    for each in (served, *served.children):
+        each.model = None
+        if each.closing is not None:
+            each.closing.cancel()
+            each.closing = None
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    return sum(part.stat().st_size for part in path.rglob("*")) if path.is_dir() else path.stat().st_size

@@ -89,7 +89,9 @@ class Service:
         self._check_top(n_top)
         async with self._turn(key, model, len(texts)) as (_, opened), _until(self._deadline()):
             self._charge_prompts(key, sum(map(len, texts)))
-            return list(await asyncio.gather(*(opened.engine.ascore(text, n_top=n_top) for text in texts)))
+            adapter = opened.adapter_number(self.registry.find(model).adapter)
+            scores = (opened.engine.ascore(text, n_top=n_top, adapter=adapter) for text in texts)
+            return list(await asyncio.gather(*scores))
 
     async def pool(self, key: str, model: str | None, n: int, prepare: Callable[[Model], P]) -> tuple[str, P, Vectors]:
         """The model's name, what it prepared of n texts, and a vector of each; see `Engine.embed`. Raises Problem."""
@@ -157,7 +159,8 @@ class Service:
             try:
                 async with _until(deadline):
                     # In a thread: templates and tokenizers take their time.
-                    prepared = await asyncio.to_thread(_prepared, prepare(opened), n, dict(options))
+                    own = {**options, "adapter": self.registry.find(name).adapter}
+                    prepared = await asyncio.to_thread(_prepared, prepare(opened), n, own)
                 self._charge_prompts(key, sum(len(each.request.prompt) for each in prepared[::n]))
                 for each in prepared:
                     if record.background:

@@ -125,7 +125,7 @@ def adapter_from_peft(
 
 
 def adapter_from_gguf(config: ModelConfig, metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Adapter:
-    """The same out of a GGUF file of the type adapter, as llama.cpp's convert_lora_to_gguf.py writes it."""
+    """The same out of a GGUF file of the type adapter, as llama.cpp writes it."""
     family = family_of(config)
     general = Fields(metadata, where="GGUF", prefix="general.")
     general.choice("type", {"adapter": None}, "model")

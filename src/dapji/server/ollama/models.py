@@ -62,7 +62,9 @@ async def version(request: Request) -> Response:
 
 
 def _listed(served: Served) -> JsonObject:
-    details = {"format": "safetensors" if served.path.is_dir() else "gguf"}
+    details: JsonObject = {"format": "safetensors" if served.path.is_dir() else "gguf"}
+    if served.model is not None:
+        details = _details(served.model.files)
     name = served.name if ":" in served.name else f"{served.name}:latest"
     return {
         "name": name,
@@ -70,12 +72,12 @@ def _listed(served: Served) -> JsonObject:
         "modified_at": _modified(served),
         "size": served.size,
         "digest": _digest(served.path),
-        "details": details if served.model is None else _details(served.model.files),
+        "details": details | {"parent_model": "" if served.parent is None else served.parent.name},
     }
 
 
 def _shown(served: Served) -> JsonObject:
-    files = open_files(served.path) if served.model is None else served.model.files
+    files = open_files((served.parent or served).path) if served.model is None else served.model.files
     config, templates = files.config, files.tokenizer().chat_templates
     template = templates.get("default", "")
     capabilities = ["completion"]
@@ -85,7 +87,7 @@ def _shown(served: Served) -> JsonObject:
         capabilities.append("thinking")
     return {
         "modified_at": _modified(served),
-        "details": _details(files),
+        "details": _details(files) | {"parent_model": "" if served.parent is None else served.parent.name},
         "template": template,
         "parameters": "\n".join(f"{name} {value}" for name, value in files.sampling().items()),
         "capabilities": capabilities,
@@ -103,7 +105,6 @@ def _shown(served: Served) -> JsonObject:
 def _details(files: Files) -> JsonObject:
     n = parameters(files.config)
     return {
-        "parent_model": "",
         "format": "gguf" if files.checkpoint.kind == "gguf" else "safetensors",
         "family": files.config.family,
         "families": [files.config.family],

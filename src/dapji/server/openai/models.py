@@ -43,6 +43,7 @@ def _described(served: Served, service: Service) -> dict[str, Any]:
         "object": "model",
         "created": served.created,
         "owned_by": "local",
+        "parent": None if served.parent is None else served.parent.name,
         "size_bytes": served.size,
         "open": served.model is not None,
         "limits": limits,
