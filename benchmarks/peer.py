@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -75,16 +75,18 @@ def version() -> str:
 
 
 @contextmanager
-def server(path: Path, *, n: int, context: int, threads: int, flags: Flags) -> Iterator[tuple[int, int]]:
-    """llama-server with n slots and `context` tokens for all of them together; its port and process, until the block
-    ends."""
+def server(
+    path: Path, *, n: int, context: int, threads: int, flags: Flags, more: Sequence[str] = ()
+) -> Iterator[tuple[int, int]]:
+    """llama-server with n slots and `context` tokens for all of them together, and more options; its port and process,
+    until the block ends."""
     repack, tiled, flash = flags
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(require("llama-server")), "-m", str(path), "--host", "127.0.0.1", "--port", str(port)]
     command += ["-t", str(threads), "-tb", str(threads), "-np", str(n), "-c", str(context)]
-    command += ["--cont-batching", "-fa", "on" if flash else "off", *([] if repack else ["--no-repack"])]
+    command += ["--cont-batching", "-fa", "on" if flash else "off", *([] if repack else ["--no-repack"]), *more]
     environment = os.environ | {"GGML_CPU_TILED_MM": str(tiled)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
         try:

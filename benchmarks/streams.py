@@ -79,9 +79,10 @@ class Server:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    def post(self, prompt: list[int], n_tokens: int) -> tuple[float, float]:
+    def post(self, prompt: list[int], n_tokens: int, **more: Any) -> tuple[float, float]:
         """One answer: its tokens per second, and seconds at the client beyond those of prompt and answer."""
         body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        body |= more
         start = perf_counter()
         connection = HTTPConnection("127.0.0.1", self.port, timeout=600)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
@@ -109,15 +110,20 @@ def server(path: Path, n: int, threads: int, flags: peer.Flags) -> Iterator[Serv
         yield Server(port)
 
 
+def best_flags(model: Model, path: Path, threads: int) -> peer.Flags:
+    """Of the server."""
+    tried: dict[peer.Flags, float] = {}
+    for repack, tiled, flash in product((1, 0), repeat=3):
+        with server(path, SEARCHED, threads, (repack, tiled, flash)) as other:
+            tried[repack, tiled, flash] = other.run(prompts(model, SEARCHED), SEARCHED_ANSWER)[0]
+    return max(tried, key=lambda flags: tried[flags])
+
+
 def measure(name: str, path: Path, threads: int, numbers: list[int], rounds: int) -> Iterator[tuple[int, Results]]:
     """For each number of streams: the rates of all rounds."""
     with load(path, context=max(*numbers, SEARCHED) * (PROMPT + ANSWER), threads=threads) as model:
         model.engine.close()
-        tried: dict[peer.Flags, float] = {}
-        for repack, tiled, flash in product((1, 0), repeat=3):
-            with server(path, SEARCHED, threads, (repack, tiled, flash)) as other:
-                tried[repack, tiled, flash] = other.run(prompts(model, SEARCHED), SEARCHED_ANSWER)[0]
-        best = max(tried, key=lambda flags: tried[flags])
+        best = best_flags(model, path, threads)
         for n in numbers:
             texts = prompts(model, n)
             ours, theirs, beyond = [], [], []

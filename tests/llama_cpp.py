@@ -32,9 +32,14 @@ class LlamaCpp:
         self._process: subprocess.Popen[str] | None = None
         self._talk = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close()
 
-    def log_probabilities(self, path: Path, prompts: Sequence[Sequence[int]], vocab_size: int) -> NDArray[np.float64]:
+    def log_probabilities(
+        self, path: Path, prompts: Sequence[Sequence[int]], vocab_size: int, *, adapter: Path | None = None
+    ) -> NDArray[np.float64]:
         """[prompts, V] of the token after each prompt. Raises RefusedError."""
-        return np.array(self._ask("log_probabilities", path, vocab_size, [list(prompt) for prompt in prompts]))
+        adapters = [] if adapter is None else [str(adapter)]
+        return np.array(
+            self._ask("log_probabilities", path, vocab_size, [list(prompt) for prompt in prompts], adapters)
+        )
 
     def embeddings(self, path: Path, texts: Sequence[str], *, mean: bool = False) -> NDArray[np.float64]:
         """[texts, D], of length 1, pooled as the file says, or by the mean. Raises RefusedError."""
@@ -77,8 +82,10 @@ class LlamaCpp:
             self._process = None
 
 
-def log_probabilities(path: str, vocab_size: int, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    server = serve(path, n_ctx=max(map(len, prompts)) + 16)
+def log_probabilities(
+    path: str, vocab_size: int, prompts: Sequence[Sequence[int]], adapters: Sequence[str]
+) -> list[list[float]]:
+    server = serve(path, n_ctx=max(map(len, prompts)) + 16, lora_adapters=[_adapter(path) for path in adapters])
     answers = []
     for prompt in prompts:
         asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocab_size}
@@ -107,6 +114,14 @@ def ranking(path: str, query: str, documents: Sequence[str]) -> list[float]:
     results = server.handle_rerank({"query": query, "documents": documents})["results"]
     scores = {result["index"]: result["relevance_score"] for result in results}
     return [scores[i] for i in range(len(documents))]
+
+
+def _adapter(path: str) -> Any:
+    import xllamacpp
+
+    info = xllamacpp.CommonAdapterLoraInfo()
+    info.path, info.scale = path, 1.0
+    return info
 
 
 def serve(path: str, **values: Any) -> Any:

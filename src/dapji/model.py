@@ -381,20 +381,24 @@ class Model:
     def _begin(self) -> list[int]:
         return [self.tokenizer.bos_id] if self.tokenizer.add_bos and self.tokenizer.bos_id is not None else []
 
-    def embed(self, texts: Sequence[str | Sequence[int]], *, dimensions: int | None = None) -> NDArray[np.float32]:
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, dimensions: int | None = None, adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """[n, D]: a vector of length 1 for each text, or for token ids as they are; `embedding` says how it is made.
 
-        dimensions: the vectors' first values alone, where the model was trained for that. Raises RequestError,
-        ContextError (no text is cut), TokenizerError.
+        dimensions: the vectors' first values alone, where the model was trained for that. adapter: as in `options`.
+        Raises RequestError, ContextError (no text is cut), TokenizerError.
         """
         prepared = self.prepare_embeddings(texts, dimensions=dimensions)
-        pooled = self.engine.embed(prepared.texts, pooling=prepared.pooling)
+        number = self.adapter_number(adapter)
+        pooled = self.engine.embed(prepared.texts, pooling=prepared.pooling, adapter=number)
         return prepared.vectors(pooled.reshape(len(texts), self.config.dim))
 
-    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+    def rerank(self, query: str, documents: Sequence[str], *, adapter: str | None = None) -> list[float]:
         """How relevant each document is to the query, higher is more; see `Reranking.method`. Raises like `embed`."""
         prepared = self.prepare_reranking(query, documents)
-        return prepared.scores(self.engine.embed(prepared.texts, pooling=prepared.pooling))
+        number = self.adapter_number(adapter)
+        return prepared.scores(self.engine.embed(prepared.texts, pooling=prepared.pooling, adapter=number))
 
     def prepare_embeddings(
         self, texts: Sequence[str | Sequence[int]], *, dimensions: int | None = None, truncate: bool = False

@@ -87,6 +87,18 @@ def test_texts_are_scored_with_an_adapter() -> None:
         np.testing.assert_array_equal(engine.score(PROMPT, adapter=number).chosen, scored.chosen)
 
 
+def test_texts_are_embedded_with_an_adapter() -> None:
+    with Engine(tiny_executor("native")) as engine:
+        number = engine.add_adapter(adapter(1))
+        base = engine.embed([PROMPT, PROMPT[:9]], pooling="mean")
+        stream = engine.generate(request(0))
+        own = engine.embed([PROMPT, PROMPT[:9]], pooling="mean", adapter=number)
+        stream.close()
+        assert np.abs(base - own).max() > 0.01
+        np.testing.assert_array_equal(engine.embed([PROMPT[:9]], pooling="mean", adapter=number)[0], own[1])
+        np.testing.assert_array_equal(engine.embed([PROMPT[:9]], pooling="mean")[0], base[1])
+
+
 def test_an_adapter_in_use_stays() -> None:
     with Engine(tiny_executor("native")) as engine:
         number = engine.add_adapter(adapter(1))

@@ -481,6 +481,19 @@ Results program(Isa isa, int threads) {
   program.add_select({x});
   program.add_linear(x, norm, {product(Format::Q8_0, vocab, dim, Program::kLogits)});
   program.add_softcap(3.0f);
+  const auto low_rank = [&](int operation, int cols, std::vector<std::pair<int, int>> parts) {  // (product, rows)
+    constexpr int rank = 11;
+    LowRank change{operation, random_panels(Format::F32, rank, cols, random), random.reals(rank), {}};
+    for (const auto& [index, rows] : parts) {
+      const int from = index == 0 ? 0 : 4;
+      change.parts.push_back({index, random_panels(index == 0 ? Format::F32 : Format::BF16, rows, 7, random), from});
+    }
+    return change;
+  };
+  enum Operation { qkv = 1, gate_up = 4, down = 5, head = 12 };
+  program.add_adapter(1, {low_rank(qkv, dim, {{0, dim}, {2, kv_dim}}), low_rank(gate_up, dim, {{0, hidden}, {1, hidden}}),
+                          low_rank(head, dim, {{0, vocab}})});
+  program.add_adapter(7, {low_rank(down, hidden, {{0, dim}})});
 
   // Two sequences: a prompt of each, then a token of each, then a few of the first.
   Results results;
@@ -488,10 +501,11 @@ Results program(Isa isa, int threads) {
   std::iota(table.begin(), table.begin() + 20, 0);
   std::iota(table.begin() + 20, table.begin() + 24, 20);
   struct Step {
-    std::vector<std::int32_t> lengths, firsts, rows;
+    std::vector<std::int32_t> lengths, firsts, rows, adapters;
   };
-  for (const Step& step : {Step{{265, 6}, {0, 0}, {100, 264, 270}}, Step{{1, 1}, {265, 6}, {0, 1}},
-                           Step{{11, 1}, {266, 7}, {0, 3, 4, 5, 6, 7, 8, 9, 10, 11}}}) {
+  for (const Step& step : {Step{{265, 6}, {0, 0}, {100, 264, 270}, {0, 0}}, Step{{1, 1}, {265, 6}, {0, 1}, {0, 0}},
+                           Step{{11, 1}, {266, 7}, {0, 3, 4, 5, 6, 7, 8, 9, 10, 11}, {0, 0}},
+                           Step{{1, 1}, {277, 8}, {0, 1}, {7, 1}}, Step{{30, 4}, {278, 9}, {3, 29, 30, 33}, {1, 0}}}) {
     std::vector<std::int32_t> tokens, positions, starts = {0};
     for (std::size_t s = 0; s < 2; ++s) {
       for (std::int32_t i = 0; i < step.lengths[s]; ++i) {
@@ -506,12 +520,13 @@ Results program(Isa isa, int threads) {
     batch.starts = starts.data();
     batch.blocks = table.data();
     batch.rows = step.rows.data();
+    batch.adapters = step.adapters.data();
     batch.n_tokens = static_cast<int>(tokens.size());
     batch.n_sequences = 2;
     batch.n_columns = context / kKvBlock;
     batch.n_rows = static_cast<int>(step.rows.size());
     std::vector<float> logits(step.rows.size() * vocab);
-    program.step(batch, logits.data());
+    program.step(batch, logits.data(), nullptr);
     results.add(logits);
   }
   return results;

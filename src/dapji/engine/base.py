@@ -284,9 +284,7 @@ class BaseEngine(ABC):
         """Will deliver Scores. Raises ContextError where the text is too long."""
 
     @abstractmethod
-    def _submit_embedding(
-        self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver
-    ) -> Handle:
+    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver) -> Handle:
         """Will deliver the vector [D] float32 that `pooling` makes of the text's hidden states."""
 
     def _room(self, n_prompt: int, max_tokens: int | None) -> int:

@@ -144,9 +144,7 @@ class Engine(BaseEngine):
                 hint="it gives embeddings",
             )
 
-    def _submit_embedding(
-        self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver
-    ) -> Handle:
+    def _submit_embedding(self, tokens: NDArray[np.int32], pooling: Pooling, adapter: int, deliver: Deliver) -> Handle:
         return self._submit(Embedding(tokens, pooling=pooling, adapter=adapter, deliver=deliver))
 
     def _submit(self, job: Job) -> Handle:

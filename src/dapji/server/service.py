@@ -103,10 +103,11 @@ class Service:
             n_tokens = sum(map(len, prepared.texts))
             self._charge_prompts(key, n_tokens)
             room = asyncio.Semaphore(places)
+            adapter = opened.adapter_number(self.registry.find(model).adapter)
 
             async def vector(text: Sequence[int]) -> NDArray[np.float32]:
                 async with room:
-                    return await opened.engine.aembed(text, pooling=prepared.pooling)
+                    return await opened.engine.aembed(text, pooling=prepared.pooling, adapter=adapter)
 
             try:
                 async with asyncio.TaskGroup() as group:  # ends the others where one fails
