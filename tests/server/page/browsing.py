@@ -24,7 +24,7 @@ def ready(page: Page, model: str | None = None) -> None:
 def say(page: Page, text: str) -> None:
     """Sends a message and waits for its answer."""
     page.locator("#box").fill(text)
-    page.locator("#box").press("Enter")
+    page.locator("#send").click()
     page.locator(".turn.user", has_text=text).last.wait_for()
     page.locator("#thread > li:last-child .figures").wait_for()
 

@@ -392,6 +392,57 @@ def test_a_server_that_is_gone(open_page: Opened, start_server: Start) -> None:
     expect(page.locator(".turn.assistant .content")).to_have_text(ANSWER)
 
 
+def test_an_address_that_leads_nowhere(open_page: Opened, talkers: Running) -> None:
+    page = open_page(talkers, expected=("status of 404",), path="/#conv-none")
+    expect(page.locator("#composer-note")).to_have_text("there is no conversation 'conv-none' here")
+    ready(page, "answer")
+    say(page, "안녕")
+
+
+def test_what_is_answered_can_be_deleted(open_page: Opened, talkers: Running) -> None:
+    page = open_page(talkers, expected=("status of 404",))
+    ready(page, "endless")
+    page.locator("#box").fill("지울 것")
+    page.keyboard.press("Enter")
+    expect(page.locator(".writing .content")).to_contain_text("하나")
+    page.locator("#list li", has_text="지울 것").get_by_role("button").click()
+    page.get_by_role("menuitem", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#list li", has_text="지울 것")).to_have_count(0)
+    ready(page, "answer")
+    say(page, "안녕")
+    talkers.wait_until_idle()
+
+
+@pytest.mark.parametrize(("locale", "send"), [("en-US", "Send"), ("ko-KR", "보내기")])
+def test_a_real_model(open_page: Opened, start_server: Start, locale: str, send: str) -> None:
+    server = start_server(paths=[Path("smollm2-135m")])
+    page = open_page(server, locale=locale)
+    ready(page)
+    page.locator("#open-settings").click()
+    for name, value in (("temperature", "0"), ("max_tokens", "24")):
+        page.locator(f"#set-{name}").fill(value)
+        page.locator(f"#set-{name}").blur()
+    page.keyboard.press("Escape")
+    messages: list[dict[str, Any]] = []
+    for text in ("What is the capital of France?", "And of Korea?"):
+        page.locator("#box").fill(text)
+        page.get_by_role("button", name=send).click()
+        page.locator(".turn.user", has_text=text).wait_for()
+        page.locator("#thread > li:last-child .figures").wait_for(timeout=60_000)
+        messages.append({"role": "user", "content": text})
+        asked = {"messages": messages, "temperature": 0, "max_tokens": 24}
+        answer = page.request.post(f"{server.url}/v1/chat/completions", data=asked).json()["choices"][0]["message"]
+        messages.append({"role": "assistant", "content": answer["content"]})
+    name = page.evaluate("location.hash.slice(1)")
+    exported = page.request.get(f"{server.url}/page/conversations/{name}/export").json()
+    assert exported["messages"] == messages
+    shown = page.locator(".turn.assistant .content").all_inner_texts()
+    assert [text.split()[:3] for text in shown] == [each["content"].split()[:3] for each in messages[1::2]]
+    expect(page.locator(".turn.assistant .figures .speed")).to_have_count(2)
+
+
 def test_the_keyboard_alone(open_page: Opened, talkers: Running) -> None:
     page = open_page(talkers)
     ready(page, "answer")

@@ -100,10 +100,15 @@ export class Writing {
     return copy.innerHTML;
   }
 
-  /** After a stop: waits until the server has kept what was written. */
+  /** After a stop: waits until the server has kept what was written, but not for a model that is being opened. */
   async #settle(path) {
     for (let i = 0; i < 20; i++) {
-      const known = await ask("GET", path);
+      let known;
+      try {
+        known = await ask("GET", path);
+      } catch {
+        return; // it is deleted, or the server is gone
+      }
       const turn = known.turns.findLast((each) => each.parent === this.parent);
       if (turn !== undefined && this.conversation.turns.every((each) => each.number !== turn.number)) {
         this.#add(turn);

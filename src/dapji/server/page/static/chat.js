@@ -70,7 +70,7 @@ async function show() {
       if (id !== location.hash.slice(1)) return; // one has gone on
       state.conversation = known;
     } catch (problem) {
-      location.hash = "";
+      history.replaceState(null, "", "/");
       state.conversation = { ...begun(), settings: firstSettings() };
       fail(problem);
     }

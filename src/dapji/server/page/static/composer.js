@@ -6,6 +6,8 @@ import { t } from "./i18n.js";
 import { state } from "./state.js";
 import { editLast } from "./thread.js";
 
+const TOUCH = matchMedia("(pointer: coarse)"); // whose keyboards have no Shift+Enter
+
 let files = [];
 
 /** send: gets the text and the files; gives whether they were taken. stop: ends the answer. */
@@ -32,7 +34,7 @@ export function startComposer(send, stop) {
   box.addEventListener("keydown", (event) => {
     // While a syllable is composed, Enter ends it. Safari has then ended the composition, and tells by 229.
     if (event.isComposing || event.keyCode === 229) return;
-    if (event.key === "Enter" && !event.shiftKey) {
+    if (event.key === "Enter" && !event.shiftKey && !TOUCH.matches) {
       event.preventDefault();
       submit();
     } else if (event.key === "ArrowUp" && box.value === "" && editLast()) {
