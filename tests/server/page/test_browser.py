@@ -316,6 +316,9 @@ def test_reasoning_is_folded_and_calls_are_shown(open_page: Opened, agents: Runn
     details.locator("summary").click()
     expect(details.locator("> div")).to_have_text("음, 생각")
     expect(page.locator(".turn.assistant .content")).to_have_text("42입니다.")
+    say(page, "더 생각해 봐")
+    expect(details.first.locator("> div")).to_be_visible()  # what was opened stays open
+    expect(details.last.locator("> div")).to_be_hidden()
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("dialog").get_by_label("Reasoning").select_option("Off")
     page.keyboard.press("Escape")

@@ -110,7 +110,6 @@ class _Writing:
         self.name = conversation.id
         self.parent = parent
         self._growing = GrowingMarkdown()
-        self._finished = self._open = ""  # blocks as the page has them
         self._looked = 0.0
         self._pause = SHORTEST
         self._opened: Answers | None = None
@@ -150,10 +149,7 @@ class _Writing:
         if turn is None:
             yield event({"message": error or "the answer is empty"}, "error")
             return
-        described = told(turn)
-        if described["html"] == self._finished + self._open:
-            del described["html"]  # which the page shows already
-        yield event(described, "done")
+        yield event(told(turn), "done")
 
     async def keep(self, end: Literal["stop", "length", "stopped", "failed"], error: str | None = None) -> Turn | None:
         """Adds the answer to the conversation, this once. None: nothing was written."""
@@ -181,8 +177,6 @@ class _Writing:
     async def _blocks(self, reply: AsyncReply) -> bytes:
         began = time.monotonic()
         update = await asyncio.to_thread(self._growing.update)
-        self._finished += update.finished
-        self._open = update.open
         self._looked = time.monotonic()
         self._pause = max(SHORTEST, (self._looked - began) / SHARE)
         return event({"finished": update.finished, "open": update.open} | self._progress(reply), "content")

@@ -87,17 +87,9 @@ export class Writing {
   }
 
   #add(turn) {
-    this.turn = { html: this.body.querySelector(".content") ? this.#streamed() : "", ...turn };
-    this.conversation.turns.push(this.turn);
+    this.turn = turn;
+    this.conversation.turns.push(turn);
     this.conversation.leaf = turn.number;
-  }
-
-  /** The HTML as it came; `decorate` has only added to it. */
-  #streamed() {
-    const copy = this.body.querySelector(".content").cloneNode(true);
-    for (const added of copy.querySelectorAll("[data-added]")) added.remove();
-    copy.lastChild.replaceWith(...copy.lastChild.childNodes);
-    return copy.innerHTML;
   }
 
   /** After a stop: waits until the server has kept what was written, but not for a model that is being opened. */
@@ -184,7 +176,7 @@ function decorate(content) {
     const pre = block.querySelector("pre");
     makeScrollable(pre, language ? t("code.of", { language }) : t("code"));
     const button = iconButton("copy", t("copy.code"), () => copy(pre.textContent, button));
-    block.prepend(make("div", { class: "title", "data-added": "" }, make("span", {}, language), button));
+    block.prepend(make("div", { class: "title" }, make("span", {}, language), button));
   }
   for (const table of content.querySelectorAll(".table")) makeScrollable(table, t("table"));
 }

@@ -2,7 +2,7 @@
 
 import { answerBody, copy, figures } from "./answer.js";
 import { find, icon, iconButton, make } from "./dom.js";
-import { t } from "./i18n.js";
+import { language, t } from "./i18n.js";
 import { branch, newestLeaf, state, versions } from "./state.js";
 
 let actions;
@@ -26,7 +26,7 @@ export function startThread(given) {
   find("down").addEventListener("click", () => toEnd());
 }
 
-/** Draws everything anew. problem: why the last turn has no answer. */
+/** Draws what has changed. problem: why the last turn has no answer. */
 export function showThread(problem = null) {
   const { conversation } = state;
   const turns = branch(conversation);
@@ -35,12 +35,38 @@ export function showThread(problem = null) {
   document.title = conversation.id === null ? "Dapji" : `${title} · Dapji`;
   find("heading").textContent = title;
   find("empty").hidden = turns.length > 0;
-  const items = turns.map((turn) => (turn.role === "user" ? message(turn) : answer(turn)));
+  const items = turns.map(item);
   const last = turns.at(-1);
   if (writing && last?.number === writing.parent) items.push(writing.element);
   else if (last?.role === "user") items.push(unanswered(last, problem));
-  find("thread").replaceChildren(...items);
+  place(items);
   showExamples();
+}
+
+/** Of a turn: the one that is there, where nothing of it has changed, so that nobody loses what they opened or marked. */
+function item(turn) {
+  const all = versions(state.conversation, turn);
+  const shows = `${state.conversation.id} ${turn.number} ${all.length} ${language()}`;
+  const known = document.querySelector(`#thread > [data-shows="${shows}"]`);
+  if (known !== null) return known;
+  const made = turn.role === "user" ? message(turn) : answer(turn);
+  made.dataset.shows = shows;
+  made.dataset.turn = turn.number;
+  return made;
+}
+
+function place(items) {
+  const thread = find("thread");
+  let at = thread.firstChild;
+  for (const each of items) {
+    if (each === at) at = at.nextSibling;
+    else thread.insertBefore(each, at);
+  }
+  while (at !== null) {
+    const gone = at;
+    at = at.nextSibling;
+    gone.remove();
+  }
 }
 
 function showExamples() {
@@ -59,7 +85,7 @@ function message(turn) {
     files.length ? make("ul", { class: "files" }, ...files) : null,
     turn.content ? make("div", { class: "text" }, turn.content) : null,
   );
-  const item = make("li", { class: "turn user", "data-turn": turn.number }, spoken("you"), bubble);
+  const item = make("li", { class: "turn user" }, spoken("you"), bubble);
   item.append(
     make(
       "div",
@@ -80,7 +106,7 @@ function fileDetails(file) {
 function answer(turn) {
   return make(
     "li",
-    { class: "turn assistant", "data-turn": turn.number },
+    { class: "turn assistant" },
     spoken("answer"),
     answerBody(turn),
     make(
@@ -165,6 +191,7 @@ function editMessage(turn, item) {
       submit(event);
     }
   });
+  delete item.dataset.shows;
   item.replaceChildren(form);
   box.focus();
   box.setSelectionRange(box.value.length, box.value.length);
