@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
-import llguidance
-import llguidance.numpy
-import numpy as np
 import pytest
+from random_answers import Vocabulary
 
 from dapji.chat.formats import AnswerFormat, Content, Event, ToolCall, ToolChoice
 from dapji.chat.formats.parser import WholeAnswers
@@ -93,49 +90,6 @@ FORMATS = {
 MARKERS = sorted({m for source in FORMATS.values() for m in markers_of(AnswerFormat.of(source))})
 
 
-class Vocabulary:
-    """Bytes, the markers of a format if they are to be control tokens, and an end."""
-
-    def __init__(self, control: Sequence[str]) -> None:
-        self.control = {spelling: 256 + i for i, spelling in enumerate(control)}
-        self.eos_token_id = 256 + len(control)
-        self.bos_token_id = None
-        self.special_token_ids = [*self.control.values(), self.eos_token_id]
-        self.tokens = [*(bytes([byte]) for byte in range(256)), *(s.encode() for s in control), b"<eos>"]
-
-    def __call__(self, text: str) -> list[int]:
-        return list(text.encode())
-
-
-def draw(vocabulary: Vocabulary, grammar: Grammar, seed: int, limit: int = 1500) -> list[int] | None:
-    """Tokens of a random answer; None where the limit cuts it off. Bytes of words are likelier, so that it ends."""
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
-    matcher = llguidance.LLMatcher(tokenizer, json.dumps({"grammars": json.loads(grammar.parts)}))
-    assert not matcher.is_error(), matcher.get_error()
-    chance = random.Random(seed)
-    weights = np.full(len(vocabulary.tokens), 1.0)
-    weights[128:256] = 0.05
-    weights[256:] = 6.0
-    weights[list(b'"]})>')] = 8.0
-    tokens: list[int] = []
-    for _ in range(limit):
-        if chance.random() < 0.02:  # a marker by its letters, which chance would not spell
-            spelled = list(chance.choice(MARKERS).encode())
-            if matcher.validate_tokens(spelled) == len(spelled):
-                assert matcher.consume_tokens(spelled)
-                tokens += spelled
-        bits = llguidance.numpy.allocate_token_bitmask(1, len(weights))
-        llguidance.numpy.fill_next_token_bitmask(matcher, bits, 0)
-        allowed = np.unpackbits(bits.view(np.uint8), count=len(weights), bitorder="little")
-        assert allowed.any(), (bytes(b"".join(vocabulary.tokens[t] for t in tokens)), matcher.get_error())
-        (token,) = chance.choices(range(len(weights)), weights=(weights * allowed).tolist())
-        if token == vocabulary.eos_token_id:
-            return tokens
-        assert matcher.consume_token(token)
-        tokens.append(token)
-    return None
-
-
 def read(format: AnswerFormat, vocabulary: Vocabulary, tokens: Sequence[int], prompt: str) -> list[Event]:
     parser = format.parser(prompt, tools=TOOLS, control=vocabulary.control, written=True)
     spellings = {token: spelling for spelling, token in vocabulary.control.items()}
@@ -161,8 +115,9 @@ def test_calls_are_read_again_and_valid(name: str, control: bool) -> None:
         choice = ToolChoice(required=required, parallel=parallel)
         rules = format.grammar(tools=TOOLS, choice=choice, control=vocabulary.control)
         assert rules is not None
+        matcher = vocabulary.matcher(Grammar.answer(rules, None))
         for seed in range(6):
-            tokens = draw(vocabulary, Grammar.answer(rules, None), seed)
+            tokens = vocabulary.draw(matcher, seed, markers=MARKERS)
             if tokens is None:
                 continue
             events = read(format, vocabulary, tokens, "")

@@ -7,7 +7,8 @@ computed on a thread of their own, beside the model's next step. Knows tokens' b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
-from dapji.chat.schema import prepared
+from dapji.chat.schema import prepared, said, whole_subschemas
 from dapji.errors import RequestError
 from dapji.tokenizer import Tokenizer
 
@@ -94,10 +95,35 @@ class Grammars:
         return Constraint(matcher, grammar.source, self._vocab_size, self._threads)
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar.source, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
+            raise next(
+                _refusals(json.loads(grammar.parts)), RequestError(f"the grammar cannot be used: {matcher.get_error()}")
+            )
         return matcher
+
+
+def _refusals(parts: Sequence[Mapping[str, Any]]) -> Iterator[RequestError]:
+    """What is wrong with the JSON schemas in a grammar: which keyword, and where."""
+    for part in parts:
+        schemas = map(json.loads, re.findall(r"^\w+: %json (.*)$", part.get("lark_grammar", ""), re.MULTILINE))
+        for schema in [part["json_schema"]] if "json_schema" in part else schemas:
+            if not (error := _error(schema)):
+                continue
+            for at, each in whole_subschemas(schema, schema):
+                if _error(each) == error:
+                    keywords = sorted(said(each), key=lambda key: (key == "type", key))  # the type is rarely to blame
+                    blamed = [k for k in keywords if _error({o: v for o, v in each.items() if o != k}) != error]
+                    place = "/".join([at, *blamed[:1]]) or "the whole"
+                    told = error.partition(". Enable ")[0].splitlines()[-1]
+                    yield RequestError(f"{schema['$comment']}: answers cannot be held to {place}: {told}")
+                    break
+
+
+def _error(schema: Mapping[str, Any]) -> str:
+    """Why llguidance cannot use a schema; empty: it can."""
+    return llguidance.LLMatcher.validate_grammar(json.dumps({"grammars": [{"json_schema": schema}]}))
 
 
 class Constraint:

@@ -13,7 +13,7 @@ from typing import Any
 from dapji.chat.formats.reader import PLAIN_NAME
 from dapji.chat.formats.rules import Form, Rules, pattern_of
 from dapji.chat.formats.values import types_of
-from dapji.chat.schema import resolved, said, with_definitions, without_definitions
+from dapji.chat.schema import FORMATS, resolved, said, with_definitions, without_definitions
 from dapji.errors import RequestError
 
 _OF_THE_WHOLE = frozenset(
@@ -154,7 +154,10 @@ def _strings(schema: Any, root: Mapping[str, Any], where: str) -> Iterator[list[
     if "pattern" in keywords:
         terms.append(whole_pattern(schema["pattern"], where))
     if "format" in keywords:
-        raise _unwritable(where, "the keyword 'format'")
+        pattern = FORMATS.get(schema["format"])
+        if pattern is None:
+            raise _unwritable(where, f"the keyword 'format' {schema['format']!r}")
+        terms.append(whole_pattern(pattern, where))
     if "$ref" in keywords:
         raise _unwritable(where, "the keyword '$ref' beside others")
     yield terms
@@ -164,7 +167,10 @@ def whole_pattern(pattern: str, where: str) -> str:
     """A schema's pattern, which may match anywhere, as one that matches the whole."""
     begins, ends = pattern.startswith("^"), bool(re.search(r"(?<!\\)(?:\\\\)*\$$", pattern))
     inner = pattern[begins : len(pattern) - ends]
-    if (begins or ends) and "|" in re.sub(r"\\.|\[[^\]]*\]|\([^()]*\)", "", inner):
+    outside, within = re.sub(r"\\.|\[[^\]]*\]", "", inner), ""
+    while within != outside:
+        within, outside = outside, re.sub(r"\([^()]*\)", "", outside)
+    if (begins or ends) and "|" in outside:
         raise _unwritable(where, "a pattern with ^ or $ and alternatives")
     inner = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", inner)  # as it stands between slashes
     return ("" if begins else "(?s:.*)") + f"(?:{inner})" + ("" if ends else "(?s:.*)")

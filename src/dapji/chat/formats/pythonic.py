@@ -56,8 +56,7 @@ def _call_end(rules: Rules, name: str, schema: Mapping[str, Any]) -> str:
     written = []
     for argument in arguments_of(name, schema):
         _check_identifier(argument.name)
-        # Python has no escape of a slash.
-        value = rules.json(argument.schema, argument.where, json_allowed_escapes='"\\bfnrtu')
+        value = rules.json(argument.schema, argument.where)
         written.append((f"{rules.literal(f'{argument.name}=')} {value}", argument.required))
     return f'{in_order(rules, written, _COMMA)} ")"'
 

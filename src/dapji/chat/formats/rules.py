@@ -111,9 +111,9 @@ class Rules:
         """A rule with a name of its own, so that it can refer to itself."""
         self._lines.append(f"{name}: {body}")
 
-    def json(self, schema: Any, where: str, **options: Any) -> str:
-        """JSON that is valid under a schema; options as llguidance has them. Raises RequestError, which says where."""
-        return self.rule(f"%json {json.dumps(prepared(schema, where, **options), ensure_ascii=False)}")
+    def json(self, schema: Any, where: str) -> str:
+        """JSON that is valid under a schema. Raises RequestError, which says where."""
+        return self.rule(f"%json {json.dumps(prepared(schema, where), ensure_ascii=False)}")
 
     def text(self, text: str) -> str:
         """This text; markers in it as such."""
