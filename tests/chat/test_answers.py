@@ -103,10 +103,10 @@ def is_written(format: AnswerFormat, grammars: Grammars, both: Tokenizers, promp
     assert rules is not None
     constraint = grammars.start(Grammar.answer(rules, None))
     for token in both.ours.encode_parts(both.ours.split_control(text)):
-        if token in both.ours.stop_ids or not constraint.allowed()[token]:
-            return bool(constraint.allowed()[min(both.ours.stop_ids)])
+        if token in both.ours.stop_ids or token not in constraint.allowed():
+            break
         constraint.push(token)
-    return bool(constraint.allowed()[min(both.ours.stop_ids)])
+    return min(both.ours.stop_ids) in constraint.allowed()
 
 
 def test_reads_what_published_templates_write(

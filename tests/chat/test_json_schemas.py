@@ -1,4 +1,4 @@
-"""JSON schemas with hard keywords: every answer is valid to `jsonschema`, or the schema is refused and the place told."""
+"""JSON schemas with hard keywords: answers are valid to `jsonschema`, or the schema is refused and the place told."""
 
 from __future__ import annotations
 

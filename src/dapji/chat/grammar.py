@@ -136,24 +136,27 @@ class Constraint:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._threads = threads
-        self._mask: Future[NDArray[np.bool_]] = threads.submit(self._compute)
+        self._ids: Future[NDArray[np.intp]] = threads.submit(self._compute)
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """[V]. Waits until it is known. Raises RequestError where the grammar grew beyond llguidance's limits."""
-        return self._mask.result()
+    def allowed(self) -> NDArray[np.intp]:
+        """Ids, rising. Waits until they are known. Raises RequestError where the grammar grew beyond llguidance's
+        limits."""
+        return self._ids.result()
 
     def push(self, token: int) -> None:
         """The token that was drawn, one of those allowed; begins to compute what may follow."""
-        self._mask.result()
+        self._ids.result()
         self._matcher.consume_token(token)
-        self._mask = self._threads.submit(self._compute)
+        self._ids = self._threads.submit(self._compute)
 
-    def _compute(self) -> NDArray[np.bool_]:
+    def _compute(self) -> NDArray[np.intp]:
         bits = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, 0)
-        if self._matcher.is_error():
-            raise RequestError(f"the grammar failed: {self._matcher.get_error()}")
-        return np.unpackbits(bits.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
+        mask = np.unpackbits(bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+        ids = np.flatnonzero(mask.view(np.bool_))  # of bytes it takes six times as long
+        if self._matcher.is_error() or not len(ids):
+            raise RequestError(f"the grammar failed: {self._matcher.get_error() or 'nothing may follow'}")
+        return ids
 
 
 class _Vocabulary:

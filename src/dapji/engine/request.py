@@ -96,8 +96,8 @@ class Constraint(Protocol):
     """The grammar as llguidance reads it, for an engine that computes the masks itself: JSON, {"grammars": [...]}, the
     first the whole, which may name the others as @NAME."""
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """[V]. Should have been computed beside the step; what it raises ends the request."""
+    def allowed(self) -> NDArray[np.intp]:
+        """Their ids, rising, at least one. Should have been computed beside the step; an error ends the request."""
         ...
 
     def push(self, token: int) -> None:

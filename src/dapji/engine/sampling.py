@@ -35,19 +35,23 @@ class Sampler:
         tokens: NDArray[np.int32],
         n_prompt: int,
         banned: NDArray[np.intp] | None = None,
-        allowed: NDArray[np.bool_] | None = None,
+        allowed: NDArray[np.intp] | None = None,
     ) -> int:
         """The next token. logits [V] stays as it is; tokens: the sequence so far, its first n_prompt the prompt.
 
-        banned: ids that get no probability; allowed [V]: whether others do. Raises FormatError where the logits leave
-        nothing to draw from.
+        banned: ids that get no probability; allowed: rising, those that get one. Raises FormatError where the logits
+        leave nothing to draw from.
         """
         scores = self.penalized(logits, tokens=tokens, n_prompt=n_prompt)
-        if allowed is not None:
-            scores = np.where(allowed, scores, np.float32(-np.inf))
         if banned is not None:
             scores = scores.copy() if scores is logits else scores
             scores[banned] = -np.inf
+        if allowed is None:
+            return self._drawn(scores)
+        return int(allowed[self._drawn(scores[allowed])])
+
+    def _drawn(self, scores: NDArray[np.float32]) -> int:
+        """The index in scores."""
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             raise FormatError(
