@@ -7,6 +7,7 @@ what is asked.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,10 @@ from dapji import __version__
 from dapji.errors import UnavailableError, UsageError
 
 _CHUNK = 1 << 16
+_CONNECT = 10.0
+"""Seconds in which a connection must be there."""
+_SILENCE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""A machine that is gone says nothing, as one that computes does: the kernel asks it, and after a minute gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +109,15 @@ class Answer:
 async def ask(address: Address, path: str, body: bytes | None = None) -> AsyncIterator[Answer]:
     """GET, or POST of JSON where there is a body. Raises UnavailableError where nobody answers."""
     try:
-        if address.socket is not None:
-            reader, writer = await asyncio.open_unix_connection(str(address.socket))
-        else:
-            tls = ssl.create_default_context() if address.tls else None
-            reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls)
+        async with asyncio.timeout(_CONNECT):
+            reader, writer = await _connect(address)
+    except TimeoutError:
+        raise UnavailableError(f"vLLM at {address} cannot be reached: no answer in {_CONNECT:.0f} s") from None
     except OSError as error:
         raise UnavailableError(f"vLLM at {address} cannot be reached: {error.strerror or error}") from error
     try:
         connection = h11.Connection(h11.CLIENT)
-        host = "localhost" if address.socket is not None else f"{address.host}:{address.port}"
+        host = "localhost" if address.socket is not None else str(address).partition("://")[2]
         headers = [("Host", host), ("User-Agent", f"dapji/{__version__}"), ("Connection", "close")]
         if address.key is not None:
             headers.append(("Authorization", f"Bearer {address.key}"))
@@ -129,3 +133,16 @@ async def ask(address: Address, path: str, body: bytes | None = None) -> AsyncIt
         yield answer
     finally:
         writer.transport.abort()
+
+
+async def _connect(address: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if address.socket is not None:
+        return await asyncio.open_unix_connection(str(address.socket))
+    tls = ssl.create_default_context() if address.tls else None
+    reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls)
+    opened = writer.get_extra_info("socket")
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _SILENCE.items():
+        if hasattr(socket, name):  # as the system has them
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return reader, writer
