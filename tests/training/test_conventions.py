@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from dapji.errors import FormatError
+from byte_tokenizers import Tokenizers
+from dapji.errors import DapjiError, FormatError
 from dapji.training.data.conventions import CONVENTIONS, detect
+from dapji.training.data.encoding import Encoder
 from dapji.training.data.examples import Conversation, Example, Preference, Rated, Text
 
 ASKED = {"role": "user", "content": "2 + 2?"}
@@ -217,3 +219,38 @@ def test_all_rows_are_in_one_convention() -> None:
 def test_tells_the_fields_that_it_does_not_read() -> None:
     row = {"instruction": "a", "input": None, "output": "b", "id": 3, "source": "x"}
     assert detect(row).unread(row) == ["id", "source"]
+
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1.5, 10**400, "", "x", "\ud800", "[", "[1]", '{"a": 1}', "[" * 10_000, [], [[]], [None], {},
+    {"a": 1}, {"role": "assistant"}, {"from": 1}, [{"role": "user", "content": None}], {"type": "text", "text": 3},
+    {"function": None}, [{"function": {"name": "f", "arguments": [1]}}],
+]  # fmt: skip
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [path, *(place for key, item in inside for place in _places(item, (*path, key)))]
+
+
+def _replaced(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
+    if not path:
+        return odd
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = _replaced(value[path[0]], path[1:], odd)
+    return copy
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_row_fails_otherwise_than_by_saying_what_is_wrong(name: str, both: Tokenizers) -> None:
+    """Every value of every row replaced by odd ones: the row is read, or refused in the project's own words."""
+    convention, row, _ = CASES[name]
+    encoder = Encoder(both.ours, max_length=5000)
+    refused = 0
+    for path in _places(row)[1:]:
+        for odd in ODD:
+            try:
+                encoder.encode(CONVENTIONS[convention].example(_replaced(row, path, odd)))
+            except DapjiError:
+                refused += 1
+    assert refused > len(ODD) // 2 * (len(_places(row)) - 1) // 2

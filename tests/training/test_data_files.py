@@ -29,13 +29,14 @@ def write(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
 def test_json_lines(ending: str, tmp_path: Path) -> None:
-    lines = [json.dumps(TWO[0]), "", "{", '"text"', json.dumps(TWO[1], ensure_ascii=False), "[" * 100_000]
+    lines = [json.dumps(TWO[0]), "", "{", '"text"', json.dumps(TWO[1], ensure_ascii=False), "[" * 100_000, "9" * 5000]
     found = read(write(tmp_path / f"a{ending}", "\n".join(lines)))
-    assert [line for line, _ in found] == [1, 3, 4, 5, 6]
+    assert [line for line, _ in found] == [1, 3, 4, 5, 6, 7]
     assert (found[0][1], found[3][1]) == (TWO[0], TWO[1])
     assert found[1][1].startswith("no JSON: ")
     assert found[2][1] == 'expected a JSON object, got "text"'
     assert found[4][1].startswith("no JSON: ")
+    assert found[5][1].startswith(("no JSON: ", "expected a JSON object"))
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -77,6 +78,7 @@ def test_a_text_is_one_row(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"},\n {"text": ]', "line 2: no JSON"),
         ("a.json", b'[{"text": "a"}\n {"text": "b"}]', "line 2: expected , or ]"),
         ("a.json", b"[", "line 1: no JSON"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "line 1: no JSON: Exceeds the limit"),
         ("a.json", b"", "no JSON array"),
         ("a.csv", b'a,b\n1,"2\n', "line 2: unexpected end of data"),
         ("a.csv", b"a,a\n1,2\n", "the first line has to name the columns"),

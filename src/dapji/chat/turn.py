@@ -248,7 +248,8 @@ def _text(message: Message) -> str:
 
 
 def _reasoning(message: Message) -> str:
-    return next((message[key].strip() for key in REASONING if message.get(key)), "")
+    texts = (message.get(key) for key in REASONING)
+    return next((text.strip() for text in texts if isinstance(text, str) and text), "")
 
 
 def _after_reasoning(begun: Written, whole: Written, reasoning: str, thinking: Thinking) -> Written | None:

@@ -98,5 +98,5 @@ def _json_in(value: str) -> Any:
     """The value that is written in JSON; None where it is none."""
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None

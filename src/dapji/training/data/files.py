@@ -76,7 +76,7 @@ def _json(file: IO[bytes]) -> Iterator[Row]:
         counted = at
         try:
             value, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"line {line}: no JSON: {error}") from error
         yield Row(line, _object(value))
         at = _after_space(text, at)

@@ -23,6 +23,9 @@ SPEAKERS = {
 }
 """ShareGPT's names -> roles."""
 
+_TEXTS = ("reasoning_content", "thinking", "reasoning", "name", "tool_call_id")
+"""Further fields of a message. Templates may read others too; what they are is between a file and its template."""
+
 Marked = tuple[Message, bool]
 """A message, and whether it is learned: an assistant's is, unless its weight is 0."""
 
@@ -67,6 +70,8 @@ def _message(fields: Fields) -> Marked:
     if role not in ROLES:
         fields.fail("role", role, f"one of {', '.join(ROLES)}")
     known = ("role", "content", "weight", "tool_calls", "function_call")
+    for name in _TEXTS:
+        fields.text(name, default="")
     message: dict[str, Any] = {"role": role, "content": _content(fields)}
     message |= {key: value for key, value in fields.values.items() if key not in known}
     if role != "assistant":
@@ -126,7 +131,7 @@ def _spoken(fields: Fields) -> Marked:
         return {"role": role, "content": value}, role == "assistant" and _weight(fields)
     try:
         made = json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         fields.fail("value", value, "the JSON of a call: a name and arguments")
     calls = Fields({"value": made}).objects("value") if isinstance(made, dict | list) else []
     if not calls:
