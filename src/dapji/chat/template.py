@@ -101,10 +101,9 @@ class ChatTemplate:
             parts.insert(0, self.tokenizer.bos_id)
         return self.tokenizer.encode_parts(parts)
 
-    def encode_after(self, prompt: Sequence[int], rendered: Written) -> list[int]:
-        """Token ids of what follows a prompt, without those of the prompt; no BOS is added."""
-        last = [prompt[-1]] if prompt else []
-        return self.tokenizer.encode_parts([*last, *self._parts(rendered)])[len(last) :]
+    def encode_after(self, prompt: Written, rendered: Written) -> list[int]:
+        """Token ids of what follows a prompt, without those of the prompt."""
+        return self.tokenizer.encode_after(self._parts(prompt), self._parts(rendered))
 
     def _parts(self, rendered: Written) -> list[str | int]:
         return self.tokenizer.split_control(str.__str__(rendered), where=rendered.all_by_template)

@@ -85,7 +85,7 @@ class Turns:
             for before in [place.before, place.before[-1:]][: len(place.before)]:
                 try:
                     answer = self._answer(prompt, before, form, place, variables)
-                    ended, added = self._ended(ids, answer, [*before, form], place, variables)
+                    ended, added = self._ended(prompt, answer, [*before, form], place, variables)
                 except TemplateError as error:
                     refusal = refusal or error
                 else:
@@ -177,7 +177,7 @@ class Turns:
 
     def _ended(
         self,
-        prompt: Sequence[int],
+        prompt: Written,
         answer: Written,
         conversation: Sequence[Message],
         place: _Place,
@@ -201,7 +201,7 @@ class Turns:
                 f"the template ends an answer with {self._spelling(last)!r}, no token that ends this model's answers",
                 hint="name it as eos_token_id in the model's generation_config.json",
             )
-        if following := self._end_in_next(ids, conversation, place, variables):
+        if following := self._end_in_next(answer, conversation, place, variables):
             return ids + following, False
         if self._tokenizer.eos_id is None:
             raise TemplateError("the template writes no end of an answer, and the tokenizer has no end token")
@@ -209,7 +209,7 @@ class Turns:
 
     def _end_in_next(
         self,
-        ids: Sequence[int],
+        answer: Written,
         conversation: Sequence[Message],
         place: _Place,
         variables: Mapping[str, Any],
@@ -220,13 +220,13 @@ class Turns:
         options = {"tools": place.tools, "add_generation_prompt": False, **variables}
         *before, last = conversation
         # Reasoning that the template takes out when the conversation goes on would hide where the next message begins.
-        for answer in (last, {key: value for key, value in last.items() if key not in REASONING}):
+        for said in (last, {key: value for key, value in last.items() if key not in REASONING}):
             try:
-                whole, longer = (self._template.render([*before, answer, *more], **options) for more in ((), (after,)))
+                whole, longer = (self._template.render([*before, said, *more], **options) for more in ((), (after,)))
             except TemplateError:  # as of two answers in a row
                 continue
             if longer.startswith(whole):
-                following = self._template.encode_after(ids, longer[len(whole) :])
+                following = self._template.encode_after(answer, longer[len(whole) :])
                 first = next((i for i, token in enumerate(following) if self._is_visible(token)), None)
                 ends = first is not None and following[first] in self._tokenizer.stop_ids
                 return following[: first + 1] if first is not None and ends else []

@@ -110,6 +110,34 @@ class Tokenizer:
             encoder = self._description.continuing_encoder
         return ids
 
+    def encode_after(self, before: Sequence[str | int], parts: Sequence[str | int]) -> list[int]:
+        """Ids of parts that follow others: what a model writes after a prompt. Without the ids of `before`.
+
+        Where text follows text nothing is put between, not the space with which some vocabularies begin a text, and the
+        ids are those that the whole text has there, unless one of its tokens spans that place. Raises as encode_parts.
+        """
+        before, parts = [part for part in before if part != ""], [part for part in parts if part != ""]
+        if not before:
+            return self.encode_parts(parts)
+        start: list[int] = []
+        if parts and isinstance(before[-1], str) and isinstance(parts[0], str):
+            self._check_text(parts[0])
+            start = self._continued(before[-1], parts[0], begins=len(before) == 1)
+            parts = parts[1:]
+        return start + self.encode_parts([0, *parts])[1:]  # an id before them: they do not begin the text
+
+    def _continued(self, before: str, text: str, *, begins: bool) -> list[int]:
+        first = self._description.encoder if begins else self._description.continuing_encoder
+        alone = self._description.continuing_encoder.encode(text, add_special_tokens=False).ids
+        for encoder, head in ((first, before), (self._description.continuing_encoder, "\n")):
+            known = encoder.encode(head, add_special_tokens=False).ids
+            whole = encoder.encode(head + text, add_special_tokens=False).ids
+            if whole[: len(known)] == known:
+                return list(whole[len(known) :])
+            if b"".join(map(self.token_bytes, alone)) == text.encode():
+                break
+        return list(alone)
+
     def _check_text(self, text: str) -> None:
         try:
             unknown = text.encode().translate(None, self._known_bytes)

@@ -129,8 +129,7 @@ class Encoder:
             raise FormatError("the tokenizer has no end token, so no end of a text can be learned")
         bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
         prompt = bos + tokenizer.encode(example.prompt)
-        last = [prompt[-1]] if example.prompt else []  # so that the text is encoded as what goes on
-        text = [*tokenizer.encode_parts([*last, example.text])[len(last) :], tokenizer.eos_id]
+        text = [*tokenizer.encode_after([example.prompt], [example.text]), tokenizer.eos_id]
         room = len(prompt) + len(text) if self._max_length is None else self._max_length
         if example.prompt or len(prompt) + len(text) <= room or room < len(bos) + 2:
             return [(prompt + text, [False] * len(prompt) + [True] * len(text))]
