@@ -96,6 +96,14 @@ def ids(text: str) -> list[int]:
 PROMPT = ids("Say something.\n")
 LONG = ids("All of this was read before. " * 12)
 GREEDY = Sampling(temperature=0)
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}},
+    "required": ["n"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_pattern": " |\\n[ \\t]{0,40}"},
+}
+"""As llguidance reads it; how a client's schema comes to that is none of an engine's affair."""
 
 
 def answers(model: Model) -> dict[str, Any]:
@@ -120,14 +128,13 @@ def answers(model: Model) -> dict[str, Any]:
     found["stopped"] = generated(stop=after(4))
     found["scores"] = engine.score(LONG, start=5, n_top=2)
     found["read before"] = [generated(LONG, 2), generated(LONG, 2)][-1]
-    number = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    content = Grammar.json_schema(number | {"additionalProperties": False})
+    content = Grammar(json.dumps([{"json_schema": SCHEMA}]))
     found["schema"] = constrained(content)
     found["answer"] = constrained(Grammar.answer('start: "so: " @content " " @content', content))
     found["nested"] = constrained(
         Grammar.answer('start: "so: " @content', Grammar.lark('start: "is " A\nA: /[a-z]{4}/'))
     )
-    found["expression"] = constrained(Grammar.regex("[a-c]{3}-[0-9]+x"))
+    found["expression"] = constrained(Grammar.lark("start: /[a-c]{3}-[0-9]+x/"))
     found["lark"] = constrained(Grammar.lark('start: "is " WORD\nWORD: /[a-z]{4}/'))
     return found
 
@@ -150,7 +157,7 @@ class _Wrong:
 
     source = '{"grammars": [{"lark_grammar": "start: bogus["}]}'
 
-    def allowed(self) -> NDArray[np.bool_]:
+    def allowed(self) -> NDArray[np.intp]:
         raise NotImplementedError
 
     def push(self, token: int) -> None:
