@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal.",
     "run": "Complete one prompt and exit.",
     "serve": "Answer other programs over HTTP.",
+    "batch": "Answer the requests of a file.",
     "key": "Make, list and revoke keys of `dapji serve`.",
     "pull": "Fetch a model into the store.",
     "list": "List installed and known models.",

@@ -83,6 +83,16 @@ adapter_option = click.option(
     help="A LoRA adapter for the model: PEFT's folder, or a GGUF file.",
 )
 
+kv_memory_option = click.option(
+    "--kv-memory",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="GB",
+    help="For the conversations of one model, side by side and as long as they may be read again; room for one of "
+    "--context there always is.",
+)
+
 speculate_option = click.option(
     "--no-speculate",
     "speculate",

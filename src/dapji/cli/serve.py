@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, speculate_option
+from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, kv_memory_option, speculate_option
 from dapji.cli.vllm import check_engine_options, engine_options, model_on_vllm
 from dapji.errors import DapjiError, ModelNotFound, UnavailableError, UsageError
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 PORT = 8410
 SELF_SIGNED = "--tls-self-signed makes a certificate that those trust whom you let"
+_EXTRA = (
+    "uvicorn",
+    "starlette",
+    "prometheus_client",
+    "python_multipart",
+    "cryptography",
+    "markdown_it",
+    "pygments",
+)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -54,15 +63,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tls-key", type=FILE, help="Its private key in PEM.")
 @click.option("--tls-self-signed", is_flag=True, help="HTTPS with a certificate of this machine's own authority.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="For open models together.")
-@click.option(
-    "--kv-memory",
-    type=click.FloatRange(0, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="GB",
-    help="For the conversations of one model, side by side and as long as they may be read again; room for one of "
-    "--context there always is.",
-)
+@kv_memory_option
 @click.option("--max-running", type=click.IntRange(1, 512), default=64, show_default=True, help="Requests at once.")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Requests that wait.")
 @click.option(
@@ -144,25 +145,12 @@ def command(
     Exit codes: 0 stopped, 1 failed, 2 wrong usage.
     """
     check_engine_options(call)
-    try:
+    with extra_installed():
         from dapji.server.app import create_app
         from dapji.server.listener import Listener, bind
 
         if tls_self_signed:
             from dapji.server.authority import Authority
-    except ModuleNotFoundError as error:
-        needed = (
-            "uvicorn",
-            "starlette",
-            "prometheus_client",
-            "python_multipart",
-            "cryptography",
-            "markdown_it",
-            "pygments",
-        )
-        if error.name not in needed:
-            raise
-        raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
     from dapji.model import load, open_files
     from dapji.server import keys
     from dapji.server.log import configure
@@ -260,6 +248,17 @@ def _adapter(text: str, models: Sequence[str]) -> tuple[str, str, Path]:
     if not Path(path).expanduser().exists():
         raise ModelNotFound(f"{path}: no such file or folder")
     return model or name_of(models[0]), name, Path(path).expanduser()
+
+
+@contextmanager
+def extra_installed() -> Iterator[None]:
+    """Around imports that need the extra `serve`. Raises UnavailableError where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        raise UnavailableError(f"{error.name} is not installed", hint="pip install 'dapji[serve]'") from error
 
 
 def _tls(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:

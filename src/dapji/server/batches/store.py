@@ -66,6 +66,8 @@ class Batch(msgspec.Struct, kw_only=True):
     status: Status = "validating"
     times: dict[Status, int] = {}
     """When a status began."""
+    window: int = WINDOW
+    """Seconds from its making to its expiry."""
     metadata: dict[str, str] | None = None
     output_seconds: int | None = None
     """After which its output files expire."""
@@ -82,7 +84,7 @@ class Batch(msgspec.Struct, kw_only=True):
 
     @property
     def expires_at(self) -> int:
-        return self.created_at + WINDOW
+        return self.created_at + self.window
 
 
 class BatchStore:
