@@ -19,9 +19,11 @@ from server_running import Running, Start
 from dapji import __version__
 from dapji.chat.formats import Content, Event, ToolCall
 from dapji.errors import UnavailableError
-from dapji.model import AsyncReply
+from dapji.model import AsyncReply, load
 from dapji.server.keys import Keys
 from dapji.server.ollama.models import _digest
+from dapji.server.registry import Registry
+from dapji.server.settings import Settings
 from dapji.weights import store
 from tiny import ANSWER, SCRIPT, write_tiny
 
@@ -139,6 +141,20 @@ def test_a_model_stays_open_as_long_as_it_is_told(start_server: Start) -> None:
             time.sleep(0.05)
         with pytest.raises(ollama.ResponseError, match="keep_alive '5x' is no duration"):
             client.generate("answer", keep_alive="5x")
+
+
+def test_what_cannot_be_opened_again_is_not_closed(models: list[Path], tmp_path: Path) -> None:
+    registry = Registry(models[:1], load=lambda path: load(path, context=512), memory=None, stays=True)
+    server = Running(registry, Settings(folder=tmp_path), None)
+    try:
+        for prompt in ("", "안녕", ""):
+            asked = {"model": "answer", "prompt": prompt, "keep_alive": 0, "stream": False, "options": GREEDY}
+            told = httpx.post(f"{server.url}/api/generate", json=asked)
+            assert told.json()["done_reason"] == ("stop" if prompt else "load")
+            assert told.headers["Dapji-Ignored-Fields"] == "keep_alive"
+            assert registry.models["answer"].model is not None
+    finally:
+        server.stop()
 
 
 def test_names_may_have_the_tag_latest(client: ollama.Client) -> None:

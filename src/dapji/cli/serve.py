@@ -202,6 +202,7 @@ def command(
             memory=None if memory is None else round(memory * 1e9),
             kv_memory=kv_bytes,
             adapters=[_adapter(text, names) for text in adapters],
+            stays=engine == "vllm",
         )
         for served in registry.models.values():  # now, and not when the first client asks
             if served.parent is not None:

@@ -65,11 +65,12 @@ class Registry:
         memory: int | None,
         kv_memory: int = 0,
         adapters: Iterable[tuple[str, str, Path]] = (),
+        stays: bool = False,
     ) -> None:
         """names: of the store, or paths; the first is the default. memory: bytes that open models may take together;
         None: any number are open at once. kv_memory: of it, what each takes beside its weights. adapters: name of the
-        model, name and path of each. Raises ModelNotFound.
-        """
+        model, name and path of each. stays: what is open cannot be opened again, so `Served.keep` means nothing. Raises
+        ModelNotFound."""
         self.models: dict[str, Served] = {}
         for name in names:
             path = store.resolve(name)
@@ -82,6 +83,7 @@ class Registry:
             served = Served(named, path, size, size, int(path.stat().st_mtime), parent=parent, adapter=name)
             parent.children.append(served)
             self.models[named] = served
+        self.stays = stays
         self._load = load
         self._memory = memory
 
@@ -113,7 +115,7 @@ class Registry:
         if served.closing is not None:
             served.closing.cancel()
             served.closing = None
-        if served.users or served.model is None or served.keep is None:
+        if self.stays or served.users or served.model is None or served.keep is None:
             return
         if served.keep == 0:
             _close(served)

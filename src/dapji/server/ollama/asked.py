@@ -11,6 +11,7 @@ from dapji.chat.grammar import Grammar
 from dapji.model import Model
 from dapji.server.answering import JsonObject, template_call, template_tool
 from dapji.server.problem import Problem
+from dapji.server.registry import Registry
 from dapji.server.wire import Strict
 
 _NEGATIVE_SEEDS = 1 << 64
@@ -139,7 +140,17 @@ def ignored_of(options: Running | None) -> list[str]:
     return [f"options.{name}" for name in _HOW if getattr(options, name, None) is not None]
 
 
-def seconds_of(keep_alive: float | str) -> float | None:
+def keep_open(registry: Registry, model: str | None, keep_alive: float | str | None) -> list[str]:
+    """For as long as `keep_alive` says; the names of what is ignored of it. Raises Problem."""
+    if keep_alive is None:
+        return []
+    if registry.stays:
+        return ["keep_alive"]
+    registry.find(model).keep = _seconds(keep_alive)
+    return []
+
+
+def _seconds(keep_alive: float | str) -> float | None:
     """None: for ever. Raises Problem."""
     if isinstance(keep_alive, str):
         parts = _DURATION.fullmatch(keep_alive)

@@ -33,10 +33,10 @@ from dapji.server.ollama.asked import (
     chat_options,
     check_context,
     ignored_of,
+    keep_open,
     messages_of,
     options_of,
     refuse_images,
-    seconds_of,
 )
 from dapji.server.problem import Problem
 from dapji.server.service import Answers, Service
@@ -83,11 +83,10 @@ async def _answer(
 ) -> Response:
     """answers None: nothing is asked, but that the model be open."""
     started = time.perf_counter_ns()
-    headers = ignored_fields(left_out + ignored_of(asked.options))
     service: Service = request.app.state.service
     served = service.registry.find(asked.model)
-    if asked.keep_alive is not None:
-        served.keep = seconds_of(asked.keep_alive)
+    left_out += keep_open(service.registry, served.name, asked.keep_alive)
+    headers = ignored_fields(left_out + ignored_of(asked.options))
     if answers is None:
         unload = asked.keep_alive is not None and served.keep == 0
         if unload:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from dapji.model import Embeddings, Model
 from dapji.server.answering import JsonObject, ignored_fields, key_of
-from dapji.server.ollama.asked import Running, check_context, ignored_of, seconds_of
+from dapji.server.ollama.asked import Running, check_context, ignored_of, keep_open
 from dapji.server.service import Service
 from dapji.server.wire import Reads, Strict, json_response, read, while_connected
 
@@ -38,6 +38,7 @@ async def embed(request: Request) -> Response:
     service: Service = request.app.state.service
     started = time.perf_counter_ns()
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
+    left_out += keep_open(service.registry, asked.model, asked.keep_alive)
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
     texts = [] if texts == [""] else texts  # the model is only opened
 
@@ -54,6 +55,7 @@ async def embed(request: Request) -> Response:
 async def embed_one(request: Request) -> Response:
     service: Service = request.app.state.service
     asked, left_out = await read(request, AskedOne, limit=service.settings.max_body)
+    left_out += keep_open(service.registry, asked.model, asked.keep_alive)
     texts = [asked.prompt] if asked.prompt else []
 
     def prepare(model: Model) -> Embeddings:
@@ -72,8 +74,6 @@ async def _embedded(
 ) -> tuple[str, list[list[float]], JsonObject]:
     """The model's name, the vectors, and what else there is to tell. Without texts the model is only opened."""
     service: Service = request.app.state.service
-    if asked.keep_alive is not None:
-        service.registry.find(asked.model).keep = seconds_of(asked.keep_alive)
     if not texts:
         async with service.opened(asked.model) as (name, _):
             return name, [], {}
