@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 from openai.types import Batch
 from server_running import Running, Start
 
+from dapji.server.batches import store
 from dapji.server.keys import Keys
 from dapji.server.settings import Settings
 from tiny import ANSWER
@@ -280,7 +282,7 @@ def test_cancelling_keeps_what_is_done(start_server: Start) -> None:
 def test_what_is_not_answered_in_time_expires(
     start_server: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dapji.server.batches.store.WINDOW", 2)
+    monkeypatch.setattr("dapji.server.openai.batches.Batch", partial(store.Batch, window=2))
     server = start_server(context=4096)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         batch = ended(client, begin(client, line("a"), *LONG))
@@ -313,7 +315,32 @@ def test_what_belongs_to_a_key_is_found_by_no_other(start_server: Start, keys: K
         assert len(mine.files.list().data) == 2
 
 
-def test_a_batch_counts_for_its_key_and_waits_where_the_quota_is_used_up(start_server: Start, keys: Keys) -> None:
+def test_of_two_servers_with_one_store_one_answers_and_the_other_goes_on(
+    start_server: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapji.server.batches.runner.LOOK", 0.2)
+    first = start_server(Settings(folder=tmp_path, max_running=4))
+    second = start_server(Settings(folder=tmp_path, max_running=4))
+    with openai.OpenAI(base_url=f"{first.url}/v1", api_key="none", max_retries=0) as client:
+        batch = begin(client, *(line(f"{i}", ENDLESS | {"max_tokens": 100}) for i in range(50)))
+        while counts(batch)[1] < 2:
+            time.sleep(0.02)
+            batch = client.batches.retrieve(batch.id)
+    models = [server.service.registry.models["endless"].model for server in (first, second)]
+    assert [model is not None for model in models] in ([True, False], [False, True]), "one of them"
+    worker, other = (first, second) if models[0] is not None else (second, first)
+    worker.stop()
+    with openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0) as client:
+        batch = ended(client, batch)
+        assert (batch.status, counts(batch)) == ("completed", (50, 50, 0))
+        names = [each["custom_id"] for each in told(client, batch.output_file_id)]
+        assert names == [f"{i}" for i in range(50)]
+
+
+def test_a_batch_counts_for_its_key_and_waits_where_the_quota_is_used_up(
+    start_server: Start, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapji.server.batches.runner.LOOK", 0.5)
     server = start_server(keys=keys)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=keys.add("me", 1000), max_retries=0) as client:
         usage = client.chat.completions.create(model="answer", messages=HELLO, temperature=0).usage  # type: ignore[arg-type]
