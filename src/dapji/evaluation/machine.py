@@ -66,6 +66,12 @@ def describe_machine() -> Machine:
     )
 
 
+def resident_memory() -> int | None:
+    """Bytes of this process that lie in memory."""
+    pages = _read("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What no program on this machine can exceed by much, measured just now."""

@@ -34,6 +34,7 @@ from dapji.server.openai import chat, completions, embeddings, files, models, re
 from dapji.server.openai.stored import ResponseStore
 from dapji.server.page import routes as page
 from dapji.server.page.conversations import ConversationStore
+from dapji.server.page.status import History
 from dapji.server.problem import Kind, Problem
 from dapji.server.protocols import problem_response, speaks_anthropic
 from dapji.server.registry import Registry
@@ -54,14 +55,16 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     routes = _routes()
     # The lines of batches are requests like others, of keys that have been checked.
     inside = Starlette(routes=routes, middleware=[Middleware(Observer, service=service)], exception_handlers=handlers)
+    history = History(service)
     runner = BatchRunner(batches, inside, registry, settings, keys)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        running = asyncio.create_task(runner.run())
+        running = [asyncio.create_task(each.run()) for each in (runner, history)]
         yield
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         registry.close()
         kept.close()
         conversations.close()
@@ -88,6 +91,7 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     app.state.batches = batches
     app.state.runner = runner
     app.state.conversations = conversations
+    app.state.history = history
     app.state.writing = set()  # answers of the page that are under way
     inside.state = app.state
     return app
@@ -140,14 +144,17 @@ def _routes() -> list[Route]:
 
 
 async def _health(request: Request) -> Response:
+    """Whether the server answers."""
     return json_response({"status": "ok", "version": __version__})
 
 
 async def _models(request: Request) -> Response:
+    """The models that are served, and every limit; in Anthropic's form where a request has its `anthropic-version`."""
     return await (anthropic_models.index if speaks_anthropic(request.scope) else models.index)(request)
 
 
 async def _model(request: Request) -> Response:
+    """One of the models that are served."""
     return await (anthropic_models.show if speaks_anthropic(request.scope) else models.show)(request)
 
 

@@ -11,8 +11,8 @@ from dapji.server.problem import Problem
 from dapji.server.protocols import problem_response
 from dapji.server.settings import Settings
 
-OPEN_PATHS = ("/health", "/")
-"""Answered to anybody who may address the server: the page asks its reader for a key."""
+OPEN_PATHS = ("/health", "/", "/status", "/docs")
+"""Answered to anybody who may address the server: the pages ask their readers for a key."""
 OPEN_FOLDER = "/static/"
 """As these paths, all in it."""
 

@@ -17,6 +17,7 @@ from dapji.server.answering import JsonObject
 from dapji.server.wire import Reads, json_response
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
+_FIRST_SENTENCE = re.compile(r"(?<=[.])\s")
 _REFERENCES = "#/components/schemas/{name}"
 
 
@@ -70,12 +71,12 @@ def document(app: Starlette) -> JsonObject:
 
 
 def _operation(endpoint: Any) -> JsonObject:
-    module = inspect.getmodule(endpoint)
+    module, told = inspect.getmodule(endpoint), inspect.getdoc(endpoint)
     assert module is not None
-    told = inspect.getdoc(endpoint) or module.__doc__ or ""
+    assert told is not None
     return {
         "tags": [module.__name__.split(".")[2]],  # the protocol
-        "summary": told.partition("\n")[0],
+        "summary": _FIRST_SENTENCE.split(told, maxsplit=1)[0].replace("\n", " ").rstrip("."),
         "responses": {
             "200": {"description": "the answer; a stream of events where the request asks for one"},
             "default": {"description": "a problem, in the form of this route's protocol"},

@@ -85,7 +85,7 @@ class Registry:
             self.models[named] = served
         self.stays = stays
         self._load = load
-        self._memory = memory
+        self.memory = memory
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[tuple[str, Model]]:
@@ -154,17 +154,17 @@ class Registry:
 
     def _make_room(self, wanted: Served) -> None:
         """Closes the least recently used models until `wanted` fits. Raises Problem where too many are in use."""
-        while self._memory is not None:
+        while self.memory is not None:
             opened = [served for served in self.models.values() if served.model is not None]
             taken = sum(served.memory for served in opened)
-            if taken + wanted.memory <= self._memory or not opened:
+            if taken + wanted.memory <= self.memory or not opened:
                 return
             idle = [served for served in opened if served.users == 0]
             if not idle:
                 raise Problem(
                     "busy",
                     f"model {wanted.name!r} ({wanted.memory} bytes) does not fit beside those in use ({taken} bytes) "
-                    f"into this server's {self._memory} bytes",
+                    f"into this server's {self.memory} bytes",
                     headers={"Retry-After": "10"},
                 )
             # an adapter before its model

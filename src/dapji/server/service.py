@@ -181,6 +181,7 @@ class Service:
         if self._keys is not None and key:
             self._keys.charge_prompt(key, tokens)
         current.get().prompt += tokens
+        self.metrics.read(tokens)
 
     def _deadline(self) -> float | None:
         """Of the request that is being answered, on the loop's clock."""
@@ -226,11 +227,10 @@ class _Timed(AsyncReply):
         if self._last is None:
             first = now - self._record.started
             self._record.first_token = self._record.first_token or first
-            if not self._record.background:
-                self._metrics.first_token.observe(first)
+            self._metrics.begun(None if self._record.background else first)
             self._last, new = now, new - 1
-        for _ in range(new):
-            self._metrics.inter_token.observe((now - self._last) / new)
+        if new:
+            self._metrics.went_on(new, (now - self._last) / new)
         self._last = now
 
 

@@ -42,6 +42,7 @@ _PING = event({"type": "ping"}, "ping")
 
 @Reads(body=Asked)
 async def create(request: Request) -> Response:
+    """Answers a conversation."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     if isinstance(asked.thinking, ThinkingEnabled) and asked.thinking.budget_tokens is not None:

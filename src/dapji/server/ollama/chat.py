@@ -48,6 +48,7 @@ Piece = Callable[[str, str, Sequence[ToolCall]], JsonObject]
 
 @Reads(body=AskedChat)
 async def chat(request: Request) -> Response:
+    """Answers a conversation: lines of JSON, or one object where `stream` is false."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, AskedChat, limit=service.settings.max_body)
     answers = None
@@ -58,6 +59,7 @@ async def chat(request: Request) -> Response:
 
 @Reads(body=AskedText)
 async def generate(request: Request) -> Response:
+    """Answers a prompt: lines of JSON, or one object where `stream` is false."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, AskedText, limit=service.settings.max_body)
     refuse_images(asked.images, "images")

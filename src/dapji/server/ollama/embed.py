@@ -35,6 +35,7 @@ class AskedOne(Common, kw_only=True):
 
 @Reads(body=Asked)
 async def embed(request: Request) -> Response:
+    """Makes vectors of texts, of length 1; a text is cut only where that is asked for."""
     service: Service = request.app.state.service
     started = time.perf_counter_ns()
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
@@ -53,6 +54,7 @@ async def embed(request: Request) -> Response:
 
 @Reads(body=AskedOne)
 async def embed_one(request: Request) -> Response:
+    """Makes a vector of one text, as older clients ask for it."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, AskedOne, limit=service.settings.max_body)
     left_out += keep_open(service.registry, asked.model, asked.keep_alive)

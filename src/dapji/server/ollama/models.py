@@ -33,6 +33,7 @@ class AskedModel(Strict):
 
 
 async def tags(request: Request) -> Response:
+    """The models that are served."""
     service: Service = request.app.state.service
     return json_response({"models": [_listed(each) for each in service.registry.models.values()]})
 
@@ -58,6 +59,7 @@ async def show(request: Request) -> Response:
 
 
 async def version(request: Request) -> Response:
+    """Of this server."""
     return json_response({"version": __version__})
 
 

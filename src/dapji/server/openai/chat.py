@@ -174,6 +174,7 @@ class Asked(Drawn, kw_only=True):
 
 @Reads(body=Asked)
 async def create(request: Request) -> Response:
+    """Answers a conversation."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     messages, options = [message_of(i, message) for i, message in enumerate(asked.messages)], _options(asked)

@@ -67,6 +67,7 @@ class Echo:
 
 @Reads(body=Asked)
 async def create(request: Request) -> Response:
+    """Continues texts or tokens as they are, without a chat template; with `echo` it scores them."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     headers = ignored_fields(left_out)

@@ -29,6 +29,7 @@ class Asked(Strict):
 
 @Reads(body=Asked)
 async def create(request: Request) -> Response:
+    """Makes vectors of texts, of length 1."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     texts = texts_of("input", asked.input)

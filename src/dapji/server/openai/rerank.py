@@ -29,6 +29,7 @@ class Asked(Strict):
 
 @Reads(body=Asked)
 async def create(request: Request) -> Response:
+    """Puts documents in the order of their relevance to a query."""
     service: Service = request.app.state.service
     asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     if asked.top_n is not None and asked.top_n < 1:

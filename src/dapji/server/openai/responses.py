@@ -107,6 +107,7 @@ class Asked(Drawn, kw_only=True):
 
 @Reads(body=Asked)
 async def create(request: Request) -> Response:
+    """Answers a conversation, which the server may keep."""
     service: Service = request.app.state.service
     store: ResponseStore = request.app.state.responses
     asked, left_out = await read(request, Asked, limit=service.settings.max_body, prepare=with_types)

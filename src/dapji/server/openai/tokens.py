@@ -31,6 +31,7 @@ class Tokens(Strict):
 
 @Reads(body=Text)
 async def tokenize(request: Request) -> Response:
+    """The tokens that a text or a conversation is to a model."""
     service: Service = request.app.state.service
     asked, _ = await read(request, Text, limit=service.settings.max_body)
     if (asked.prompt is None) == (asked.messages is None):
@@ -51,6 +52,7 @@ async def tokenize(request: Request) -> Response:
 
 @Reads(body=Tokens)
 async def detokenize(request: Request) -> Response:
+    """The text of tokens."""
     service: Service = request.app.state.service
     asked, _ = await read(request, Tokens, limit=service.settings.max_body)
     async with service.opened(asked.model) as (name, model):

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from dapji.errors import TemplateError
 from dapji.model import Model
 from dapji.server.answering import JsonObject, key_of
-from dapji.server.page import answer, exported, site
+from dapji.server.page import answer, exported, site, status
 from dapji.server.page.answer import told, under_way
 from dapji.server.page.conversations import Change, ConversationStore, File, Number, Settings, Turn
 from dapji.server.problem import Problem
@@ -176,7 +176,10 @@ def table() -> list[Route]:
     one = "/page/conversations/{id}"
     return [
         Route("/", site.chat),
+        Route("/status", site.status),
+        Route("/docs", site.docs),
         Route("/static/{name}", site.static),
+        Route("/page/status", status.show, methods=["GET"]),
         Route("/page/conversations", index, methods=["GET"]),
         Route("/page/conversations", create, methods=["POST"]),
         Route(one, show, methods=["GET"]),

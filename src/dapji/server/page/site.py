@@ -58,6 +58,16 @@ async def chat(request: Request) -> Response:
     return _answer(request, "chat.html")
 
 
+async def status(request: Request) -> Response:
+    """The operator's page."""
+    return _answer(request, "status.html")
+
+
+async def docs(request: Request) -> Response:
+    """The description of every route, for people."""
+    return _answer(request, "docs.html")
+
+
 async def static(request: Request) -> Response:
     """A file of the page."""
     return _answer(request, request.path_params["name"])
