@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 import h11
 
-from dapji import __version__
 from dapji.errors import UnavailableError, UsageError
 
 _CHUNK = 1 << 16
@@ -118,7 +117,7 @@ async def ask(address: Address, path: str, body: bytes | None = None) -> AsyncIt
     try:
         connection = h11.Connection(h11.CLIENT)
         host = "localhost" if address.socket is not None else str(address).partition("://")[2]
-        headers = [("Host", host), ("User-Agent", f"dapji/{__version__}"), ("Connection", "close")]
+        headers = [("Host", host), ("User-Agent", "dapji"), ("Connection", "close")]
         if address.key is not None:
             headers.append(("Authorization", f"Bearer {address.key}"))
         if body is not None:
