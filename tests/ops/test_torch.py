@@ -190,7 +190,7 @@ def test_gated(device: torch.device, activation: Activation) -> None:
 def test_attention_without_a_cache_is_attention_with_one(device: torch.device, mechanisms: dict[str, Any]) -> None:
     """Two sequences of 20 tokens, each against the reference alone."""
     q, k, v = (random(40, n * HEAD_DIM, seed=s) for n, s in ((HEADS, 1), (KV_HEADS, 2), (KV_HEADS, 3)))
-    ops = UncachedTorchOps(torch.arange(40).view(2, 20), TorchTables(CONTEXT, device))
+    ops = UncachedTorchOps(torch.arange(40), [20, 20], TorchTables(CONTEXT, device))
     got = ops.attention(*map(torch.tensor, (q, k, v)), layer=0, attention=asked(**mechanisms))
     for part in (slice(0, 20), slice(20, 40)):
         reference, _ = both(Batch.single(list(range(20))), device)
@@ -226,7 +226,7 @@ def test_absorbed_latent_attention_is_naive_over_the_cache(
 def test_latent_attention_without_a_cache_is_that_with_one(device: torch.device) -> None:
     """Two sequences of 20 tokens, naive here and absorbed there."""
     x = latent_input(40)
-    ops = UncachedTorchOps(torch.arange(40).view(2, 20), TorchTables(CONTEXT, device))
+    ops = UncachedTorchOps(torch.arange(40), [20, 20], TorchTables(CONTEXT, device))
     got = ops.latent_attention(*map(torch.tensor, x), layer=0, attention=LATENT)
     for part in (slice(0, 20), slice(20, 40)):
         reference, cached = both(Batch.single(list(range(20))), device, shape=LATENT_SHAPE)
@@ -240,7 +240,7 @@ def test_latent_attention_without_a_cache_is_that_with_one(device: torch.device)
 def test_gradients_of_latent_attention(device: torch.device) -> None:
     """Against the formula of one head after another, in float64."""
     inputs = [torch.tensor(x, requires_grad=True) for x in latent_input(20)]
-    ops = UncachedTorchOps(torch.arange(20)[None], TorchTables(CONTEXT, device))
+    ops = UncachedTorchOps(torch.arange(20), [20], TorchTables(CONTEXT, device))
     direction = torch.tensor(random(20, HEADS * LATENT.value_dim, seed=7))
     (ops.latent_attention(*inputs, layer=0, attention=LATENT) * direction).sum().backward()
 

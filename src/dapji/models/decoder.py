@@ -6,7 +6,7 @@ torch and records the native program. Knows no executor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -36,15 +36,46 @@ class Decoded(Generic[V]):
 
 def decode(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W]) -> Decoded[V]:
     """`weights` has the names of `weight_shapes(config)`."""
-    x = ops.embed(weights["embed"], config.embed_scale)  # [T, D]
-    for i, layer in enumerate(config.layers):
-        x = _Layer(config, layer, i, weights, ops).run(x)
-    hidden = ops.norm(ops.select_hidden(x), weights["norm"], config.norm_eps, config.norm_offset)  # [N, D]
-    x = ops.norm(ops.select_rows(x), weights["norm"], config.norm_eps, config.norm_offset)  # [R, D]
-    logits = ops.linear(x, weights["embed" if config.tied_head else "head"])
+    x = _stream(config, weights, ops, _directly)
+    hidden = _normed(config, weights, ops, ops.select_hidden(x))
+    logits = ops.linear(_normed(config, weights, ops, ops.select_rows(x)), weights[head_name(config)])
     if config.logit_softcap is not None:
         logits = ops.softcap(logits, config.logit_softcap)
     return Decoded(hidden, logits)
+
+
+Run = Callable[[int, Callable[[V], V], V], V]
+"""run(index, layer, x) gives layer(x)."""
+
+
+def hidden_states(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W], run: Run[V]) -> V:
+    """The `hidden` of `decode` alone: what the head takes.
+
+    run: for who frees a layer's activations and computes them again, or gathers its weights from elsewhere meanwhile;
+    they are read while the layer runs.
+    """
+    return _normed(config, weights, ops, ops.select_hidden(_stream(config, weights, ops, run)))
+
+
+def head_name(config: ModelConfig) -> str:
+    """Of the weight that makes logits of hidden states."""
+    return "embed" if config.tied_head else "head"
+
+
+def _directly(index: int, layer: Callable[[V], V], x: V) -> V:
+    return layer(x)
+
+
+def _stream(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W], run: Run[V]) -> V:
+    """The residual stream after the last layer, [T, D]."""
+    x = ops.embed(weights["embed"], config.embed_scale)  # [T, D]
+    for i, layer in enumerate(config.layers):
+        x = run(i, _Layer(config, layer, i, weights, ops).run, x)
+    return x
+
+
+def _normed(config: ModelConfig, weights: Mapping[str, W], ops: Ops[V, W], x: V) -> V:
+    return ops.norm(x, weights["norm"], config.norm_eps, config.norm_offset)
 
 
 @dataclass(frozen=True)

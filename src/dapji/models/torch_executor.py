@@ -153,7 +153,9 @@ def sequence_logits(
     adapter: of all sequences, by the same names, as `load_pairs` gives it.
     """
     adapters = {weights[name]: {1: pair} for name, pair in (adapter or {}).items()}
-    logits = decode(config, weights, UncachedTorchOps(tokens, tables, adapters)).logits
+    n, length = tokens.shape
+    ops = UncachedTorchOps(tokens.flatten(), [length] * n, tables, adapters=adapters)
+    logits = decode(config, weights, ops).logits
     return logits.view(*tokens.shape, config.vocab_size)
 
 

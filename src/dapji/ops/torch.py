@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dapji.ops import torch_kernels as kernels
 from dapji.ops.attention import Attention, KvShape, LatentAttention, Temperature, first_visible
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.ops.protocol import Activation
@@ -145,15 +146,14 @@ class TorchOps(ABC):
         return F.embedding(self._tokens, weight) * scale
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, offset + weight.float(), eps).to(x.dtype)
+        return kernels.rms_norm(x, _factors(weight, offset), eps)
 
     def norm_heads(self, x: Tensor, weight: Tensor | None, eps: float, offset: float, head_dim: int) -> Tensor:
-        factors = None if weight is None else offset + weight.float()
-        heads = x.view(len(x), -1, head_dim).float()
-        return F.rms_norm(heads, (head_dim,), factors, eps).to(x.dtype).view(x.shape)
+        factors = None if weight is None else _factors(weight, offset)
+        return kernels.rms_norm(x.view(len(x), -1, head_dim), factors, eps).view(x.shape)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = F.linear(x.to(weight.dtype), weight, bias)  # a router may be float32 where all else is bfloat16
+        y = kernels.linear(x.to(weight.dtype), weight, bias)  # a router may be float32 where all else is bfloat16
         for number, pair in self._adapters.get(weight, {}).items():
             y = self._add_term(y, x, number, pair)
         return y
@@ -168,9 +168,7 @@ class TorchOps(ABC):
             self._angles[table] = cos[self._positions, None], sin[self._positions, None]  # [T, 1, dim/2]
         cos, sin = self._angles[table]
         heads = x.view(len(x), -1, head_dim).float()  # [T, n, Dh]
-        first, second, rest = heads.tensor_split((table.dim // 2, table.dim), dim=-1)
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-        return rotated.to(x.dtype).view(x.shape)
+        return kernels.rotate(heads, cos, sin).to(x.dtype).view(x.shape)
 
     @abstractmethod
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor: ...
@@ -347,14 +345,19 @@ class _Group:
 
 
 class UncachedTorchOps(TorchOps):
-    """The ops on whole sequences of one length, all rows wanted; gradients flow through all of them."""
+    """The ops on whole sequences, one after the other, which do not see each other; gradients flow through all."""
 
-    def __init__(self, tokens: Tensor, tables: TorchTables, adapters: Adapters | None = None) -> None:
-        """tokens: [B, S] int64. adapters: of all sequences, whatever their numbers."""
-        self._n_sequences, self._length = tokens.shape
-        positions = torch.arange(self._length, device=tokens.device)
-        super().__init__(tokens.flatten(), positions.repeat(self._n_sequences), tables, adapters or {})
-        self._masks: dict[Attention, Tensor | None] = {}
+    def __init__(
+        self, tokens: Tensor, lengths: Sequence[int], tables: TorchTables, *,
+        adapters: Adapters | None = None, hidden_rows: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """tokens: [T] int64. lengths: of the sequences, T in all. adapters: of all sequences, whatever their numbers.
+        hidden_rows: [N] int64; None: no row. Logits are of all rows."""
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        super().__init__(tokens, positions.to(tokens.device), tables, adapters or {})
+        self._lengths = lengths
+        self._hidden_rows = hidden_rows
+        self._masks: dict[tuple[Attention, int], Tensor | None] = {}
 
     def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
         return y + pair(x).to(y.dtype)
@@ -385,21 +388,29 @@ class UncachedTorchOps(TorchOps):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """q: [T, H*Dh], k: [T, K*Dh], v: [T, K*Dv]. Returns [T, H*Dv]."""
-        if attention not in self._masks:
-            positions = self._positions[: self._length]
-            self._masks[attention] = (
-                visible(positions[None], positions, attention) if needs_mask(attention, self._length) else None
+        if len(set(self._lengths)) == 1:  # all at once
+            return self._attend_alike(q, k, v, self._lengths[0], attention)
+        parts = zip(*(x.split(list(self._lengths)) for x in (q, k, v)), self._lengths, strict=True)
+        return torch.cat([self._attend_alike(*part, attention) for part in parts])
+
+    def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, length: int, attention: Attention) -> Tensor:
+        """The same of sequences of one length."""
+        key = attention, length
+        if key not in self._masks:
+            positions = torch.arange(length, device=q.device)
+            self._masks[key] = (
+                visible(positions[None], positions, attention) if needs_mask(attention, length) else None
             )
-        mask = self._masks[attention]
-        batch = (self._n_sequences, self._length)
-        keys, values = (x.view(*batch, attention.n_kv_heads, -1).transpose(1, 2) for x in (k, v))
-        return attend(q.view(*batch, -1), keys, values, mask, mask is None, attention).flatten(0, 1)
+        mask = self._masks[key]
+        batch = (-1, length, attention.n_kv_heads)
+        keys, values = (x.view(*batch, x.shape[-1] // attention.n_kv_heads).transpose(1, 2) for x in (k, v))
+        return attend(q.view(-1, length, q.shape[-1]), keys, values, mask, mask is None, attention).flatten(0, 1)
 
     def select_rows(self, x: Tensor) -> Tensor:
         return x
 
     def select_hidden(self, x: Tensor) -> Tensor:
-        return x[:0]
+        return x[:0] if self._hidden_rows is None else x[self._hidden_rows]
 
 
 def needs_mask(attention: Attention, length: int) -> bool:
@@ -443,7 +454,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, a
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     if activation == "silu":
-        return F.silu(gate) * up
+        return kernels.silu_gated(gate, up)
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
@@ -505,6 +516,11 @@ class _Experts:
             x = (x * weights).to(x.dtype)
         out = gated(x @ gate.mT, x @ up.mT, self._activation) @ down.mT
         return out.float() if self._routing.weighs == "input" else out * weights
+
+
+def _factors(weight: Tensor, offset: float) -> Tensor:
+    """What a norm multiplies by, float32."""
+    return offset + weight.float() if offset else weight.float()
 
 
 def _index(values: NDArray[np.integer], device: torch.device) -> Tensor:
