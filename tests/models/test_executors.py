@@ -119,7 +119,7 @@ def test_what_a_cuda_graph_records_computes_the_same(name: str) -> None:
         )
         want = executor.step(batch)
         with torch.inference_mode():
-            got = executor._decode(executor._ops(batch, 128))
+            got = executor._decode(executor._ops(batch, 128)).logits
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "remove": "Delete a model from the store.",
     "cache": "Show or clear what is kept for quicker starts.",
     "quantize": "Write a smaller copy of a model.",
+    "tune": "Adapt a model to your own examples.",
     "data": "Check examples before a model learns from them.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure speed beside what this machine could do.",

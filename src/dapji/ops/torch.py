@@ -390,7 +390,8 @@ class UncachedTorchOps(TorchOps):
         """q: [T, H*Dh], k: [T, K*Dh], v: [T, K*Dv]. Returns [T, H*Dv]."""
         if len(set(self._lengths)) == 1:  # all at once
             return self._attend_alike(q, k, v, self._lengths[0], attention)
-        parts = zip(*(x.split(list(self._lengths)) for x in (q, k, v)), self._lengths, strict=True)
+        queries, keys, values = (torch.split(x, list(self._lengths)) for x in (q, k, v))
+        parts = zip(queries, keys, values, self._lengths, strict=True)
         return torch.cat([self._attend_alike(*part, attention) for part in parts])
 
     def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, length: int, attention: Attention) -> Tensor:
@@ -398,9 +399,7 @@ class UncachedTorchOps(TorchOps):
         key = attention, length
         if key not in self._masks:
             positions = torch.arange(length, device=q.device)
-            self._masks[key] = (
-                visible(positions[None], positions, attention) if needs_mask(attention, length) else None
-            )
+            self._masks[key] = visible(positions[None], positions, attention) if needs_mask(attention, length) else None
         mask = self._masks[key]
         batch = (-1, length, attention.n_kv_heads)
         keys, values = (x.view(*batch, x.shape[-1] // attention.n_kv_heads).transpose(1, 2) for x in (k, v))

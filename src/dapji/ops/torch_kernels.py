@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -31,13 +31,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: x [T, in], weight [out, in], bias [out]."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    result: Tensor = _Linear.apply(x, weight)
+    result: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return result if bias is None else result + bias
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x @ weight.T + scale * (x @ a.T) @ b.T: a [rank, in], b [out, rank]. No gradient flows to the weight."""
-    result: Tensor = _LowRankLinear.apply(x, weight, a, b, scale)
+    result: Tensor = _LowRankLinear.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, as x's type."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
-    result: Tensor = _RmsNorm.apply(x, weight, eps)
+    result: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -53,13 +53,13 @@ def silu_gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     if gate.device.type != "cpu":
         return F.silu(gate) * up
-    result: Tensor = _SiluGated.apply(gate, up)
+    result: Tensor = _SiluGated.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [T, n, Dh] float32; cos and sin: [T, 1, half]. Pairs (i, i + half) of each head rotated, the rest as it is."""
-    result: Tensor = _Rotate.apply(x, cos, sin)
+    result: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -107,7 +107,7 @@ class _RmsNorm(Function):
         squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
         inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        normed = x * inverse
+        normed: Tensor = x * inverse
         return normed if weight is None else normed.mul_(weight)
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""`open_adapter`: an adapter on disk, for the model that it shall change: PEFT's folder or llama.cpp's GGUF file."""
+"""An adapter on disk, for the model that it changes: PEFT's folder, or llama.cpp's GGUF file, which is only read."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from dapji.models import families
 from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig
 from dapji.weights.checkpoint import read_json
-from dapji.weights.files import map_file
+from dapji.weights.files import TensorToWrite, map_file, replacing
 from dapji.weights.gguf import read_gguf
-from dapji.weights.safetensors import parse_safetensors
+from dapji.weights.safetensors import parse_safetensors, write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -35,3 +36,15 @@ def open_adapter(path: Path, config: ModelConfig, config_json: Mapping[str, obje
         return families.adapter_from_peft(config, read_json(path / CONFIG_NAME), stored, config_json=config_json)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def write_adapter(folder: Path, config: ModelConfig, adapter: Adapter, *, base: str) -> None:
+    """The two files of a folder that PEFT loads. base: what the adapter is for, as a name or path.
+
+    Raises ConfigError as `families.adapter_to_peft`.
+    """
+    adapter_config, tensors = families.adapter_to_peft(config, adapter)
+    write_safetensors(folder / TENSORS_NAME, [TensorToWrite.of(name, tensor) for name, tensor in tensors.items()])
+    with replacing(folder / CONFIG_NAME) as file:
+        text = json.dumps({**adapter_config, "base_model_name_or_path": base}, indent=2, ensure_ascii=False)
+        file.write(text.encode() + b"\n")

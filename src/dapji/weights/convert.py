@@ -143,8 +143,11 @@ def write_folder(
     threads: int | None = None,
     advance: Advance = lambda n_bytes: None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Report:
     """Write `source` as a folder in the Hugging Face layout with all weights in `dtype`, one of FLOATS.
+
+    weights: by canonical name, instead of its own.
 
     Tokenizer, chat templates, README and licence are copied, or made from a GGUF file's metadata as far as that has
     them. `target` must not exist, or be an empty folder. Raises UsageError, FormatError, ConfigError, TokenizerError.
@@ -154,7 +157,8 @@ def write_folder(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"{target} exists already", hint="give the name of a new folder; none is ever replaced")
     translate = families.from_gguf if source.kind == "gguf" else families.from_hf
-    config_json, tensors = families.to_hf(*translate(source.metadata, source.tensors))
+    config, own = translate(source.metadata, source.tensors)
+    config_json, tensors = families.to_hf(config, {**own, **(weights or {})})
     formats = dict.fromkeys(tensors, FORMATS[dtype])
     report = Report(source_bytes=source.nbytes)
     with _new_folder(target) as folder, ThreadPoolExecutor(threads or os.cpu_count()) as pool:

@@ -1,6 +1,6 @@
 """Families of models: foreign configurations and weight names, both ways. One small module per family."""
 
-from dapji.models.families.adapters import adapter_from_gguf, adapter_from_peft
+from dapji.models.families.adapters import adapter_from_gguf, adapter_from_peft, adapter_to_peft
 from dapji.models.families.translate import (
     FAMILIES,
     RANK_HEAD,
@@ -17,6 +17,7 @@ __all__ = [
     "RANK_HEAD",
     "adapter_from_gguf",
     "adapter_from_peft",
+    "adapter_to_peft",
     "config_from_hf",
     "from_gguf",
     "from_hf",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
+
+import numpy as np
 
 from dapji.errors import ConfigError
 from dapji.models.adapter import Adapter, adaptable
@@ -122,6 +125,63 @@ def adapter_from_peft(
             name = name.removeprefix(family.wrapper.prefix)
         given[f"{name}.weight"] = _Foreign(a=a, b=b, rank=own, scale=scale)
     return _adapter(config, hf_layout_of(family, config_json).all_rules(config), given)
+
+
+def adapter_to_peft(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The inverse of `adapter_from_peft`, of a folder as we write it: adapter_config.json and the tensors.
+
+    Where the layout joins matrices, a joined one has the ranks of all of them together. Raises ConfigError where it
+    splits one.
+    """
+    shapes = adaptable(config)
+    modules: dict[str, LowRank] = {}
+    every: set[str] = set()
+    for rule in hf_layout_of(family_of(config), None).all_rules(config):
+        changed = [name for name in rule.ours if name in adapter.pairs]
+        if changed and len(rule.foreign) > 1:
+            raise ConfigError(f"the adapter changes {changed[0]}, which PEFT has as {listed(rule.foreign)}")
+        if not any(name in shapes for name in rule.ours):
+            continue
+        module = rule.foreign[0].removesuffix(".weight")
+        every.add(module)
+        if changed:
+            modules[module] = _joined(rule, adapter)
+    ranks = Counter(pair.rank for pair in modules.values())
+    rank, scale = ranks.most_common(1)[0][0], next(iter(adapter.pairs.values())).scale
+    own_rank = {module: pair.rank for module, pair in modules.items() if pair.rank != rank}
+    own_alpha = {m: pair.scale * pair.rank for m, pair in modules.items() if pair.scale * pair.rank != scale * rank}
+    ends = {module.rpartition(".")[2] for module in modules}
+    whole = all(module in modules for module in every if module.rpartition(".")[2] in ends)
+    adapter_config: dict[str, object] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": own_rank,
+        "alpha_pattern": own_alpha,
+        "target_modules": sorted(ends if whole else modules),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors = {}
+    for module, pair in modules.items():
+        tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = pair.a
+        tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = pair.b
+    return adapter_config, tensors
+
+
+def _joined(rule: Rule, adapter: Adapter) -> LowRank:
+    """The pair for the one foreign matrix of a rule: each of ours has rows of A, and columns of B, of its own."""
+    parts = [(adapter.pairs[name], order) for name, order in _parts(rule, rule.shapes[0]) if name in adapter.pairs]
+    scale = parts[0][0].scale
+    a = np.concatenate([pair.a.float32() for pair, _ in parts])
+    b = np.zeros((rule.shapes[0][0], len(a)), dtype=np.float32)
+    at = 0
+    for pair, order in parts:
+        b[slice(None) if order is None else order, at : at + pair.rank] = pair.b.float32() * (pair.scale / scale)
+        at += pair.rank
+    name = rule.foreign[0]
+    return LowRank(a=Tensor.from_float32(f"{name} a", a), b=Tensor.from_float32(f"{name} b", b), scale=scale)
 
 
 def adapter_from_gguf(config: ModelConfig, metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Adapter:

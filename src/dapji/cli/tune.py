@@ -1,0 +1,125 @@
+"""`dapji tune`: adapt a model to examples, as a recipe says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapji.cli.console import wants_colour
+
+if TYPE_CHECKING:
+    from dapji.training.tune import Planned
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--profile", help="Take the settings of this table in the recipe's [profiles], as tiny.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the recipe's output, if one was cut off.")
+@click.option("--json", "as_json", is_flag=True, help="The metrics as JSON lines, as in metrics.jsonl.")
+def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume: bool, as_json: bool) -> None:
+    """Adapt a model to examples, as RECIPE says; KEY=VALUE changes one of its settings.
+
+    RECIPE is a file like this; what it leaves out has the value shown in docs/training.md:
+
+    \b
+      model = "smollm2-135m"           a name of `dapji list`, a GGUF file, or a folder
+      output = "runs/faq"              a new folder
+      [data]
+      train = ["faq.jsonl"]            as `dapji data check` reads them
+      evaluate = ["held-out.jsonl"]
+      [lora]                           an adapter; without this table, all weights are trained
+      rank = 16
+      [optimizer]
+      learning_rate = 2e-4
+      [run]
+      epochs = 3
+
+    The output holds an adapter that PEFT loads, or a model that transformers loads; metrics.jsonl,
+    the whole recipe, and dapji.json, which says what it was made of. Ctrl-C ends the step that runs,
+    keeps it and stops; --resume goes on from there, or from the last checkpoint of a run that was
+    killed, as if nothing had happened.
+
+    Several processes train one model together under torchrun:
+    torchrun --nproc-per-node 2 -m dapji tune RECIPE
+
+    \b
+    Examples:
+      dapji tune recipe.toml
+      dapji tune recipe.toml lora.rank=32 output=runs/rank-32
+      dapji tune recipe.toml --profile tiny        a few steps, to see that it works
+      dapji tune recipe.toml --resume
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with --resume it goes on).
+    """
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        from dapji.errors import UnavailableError
+
+        raise UnavailableError("torch is not installed", hint="pip install 'dapji[train]'") from error
+    from dapji.training.settings import read_recipe
+    from dapji.training.tune import tune
+
+    for change in changes:
+        if "=" not in change:
+            raise click.BadParameter(f"{change!r} is no KEY=VALUE", param_hint="CHANGES")
+    settings = read_recipe(recipe, profile=profile, changes=dict(change.split("=", 1) for change in changes))
+    with _Shown(as_json) as shown:
+        ended = tune(settings, resume=resume, plan=shown.plan, report=shown.report)
+    if not ended:
+        click.echo("interrupted; --resume goes on", err=True)
+        raise click.exceptions.Exit(130)
+    if not as_json:
+        click.echo(settings.output)
+
+
+class _Shown:
+    """A run in the terminal: on stderr a bar, and a line for each evaluation; JSON lines on stdout where asked for."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._bar: Any = None
+
+    def plan(self, planned: Planned) -> None:
+        from tqdm import tqdm
+
+        share = f"{planned.trained / planned.parameters:.1%} of {planned.parameters / 1e6:.0f}M weights"
+        click.echo(
+            f"{planned.samples} examples, {planned.steps} steps, {share} trained, windows {planned.fill:.0%} full",
+            err=True,
+        )
+        if planned.invalid:
+            click.echo(f"{planned.invalid} rows are left out", err=True)
+        for note, count in planned.notes.items():
+            click.echo(f"{count} examples: {note}", err=True)
+        if planned.done:
+            click.echo(f"goes on after step {planned.done}", err=True)
+        self._bar = tqdm(total=planned.steps, initial=planned.done, unit="step", disable=None, leave=False)
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        if self._as_json:
+            click.echo(json.dumps(metrics))
+            sys.stdout.flush()
+        if "evaluation_loss" in metrics:
+            line = f"step {metrics['step']:>6}  held-out loss {metrics['evaluation_loss']:.4f}"
+            with self._bar.external_write_mode(file=sys.stderr):
+                click.echo(click.style(line, fg="green"), err=True, color=wants_colour())
+        else:
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.4f}, {metrics['trained_tokens'] / metrics['seconds']:.0f} trained tokens/s",
+                refresh=False,
+            )
+            self._bar.update()
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

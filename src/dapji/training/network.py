@@ -1,0 +1,156 @@
+"""`Network`: a model as training sees it: its weights as parameters under their canonical names, run by the decoder.
+
+Whole windows go in, sequences beside each other that do not see each other; what comes out is decided by who asks, from
+the hidden states of the rows that matter. Knows neither losses nor optimisers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dapji.models.config import ModelConfig, weight_shapes
+from dapji.models.decoder import head_name, hidden_states
+from dapji.ops.torch import TorchLowRank, TorchTables, UncachedTorchOps
+from dapji.ops.torch_kernels import low_rank_linear
+from dapji.training.data.stream import Window
+from dapji.training.settings import LoraSettings
+
+Head = Callable[[Tensor, Tensor, float | None], Tensor]
+"""Of hidden [R, D], the head's weight [V, D], and the cap of logits: what a method makes of a window."""
+
+A, B = "_lora_a", "_lora_b"
+"""What the names of an adapter's matrices end in, after the name of the weight that they change."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Adapted:
+    """A weight and what is added to it."""
+
+    weight: Tensor
+    pair: TorchLowRank
+    dropout: float
+    """Of the pair's input."""
+
+
+class _Ops(UncachedTorchOps):
+    def linear(self, x: Tensor, weight: Tensor | _Adapted, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Tensor):
+            return super().linear(x, weight, bias)
+        pair = weight.pair
+        if weight.dropout:
+            return super().linear(x, weight.weight, bias) + pair(F.dropout(x, weight.dropout)).to(x.dtype)
+        y = low_rank_linear(x, weight.weight, pair.a, pair.b, pair.scale)
+        return y if bias is None else y + bias
+
+
+class _Weights(Mapping[str, Any]):
+    """A network's parameters as they are now: sharded ones are whole only while their layer runs. A tensor, or what
+    `_Ops.linear` takes instead."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __getitem__(self, name: str) -> Any:
+        path, _, leaf = name.rpartition(".")
+        parameters = self._network.get_submodule(path)._parameters
+        if leaf not in parameters:
+            raise KeyError(name)
+        lora, weight = self._network.lora, parameters[leaf]
+        assert weight is not None
+        a, b = parameters.get(leaf + A), parameters.get(leaf + B)
+        if lora is None or a is None or b is None:
+            return weight
+        pair = TorchLowRank(a=a, b=b, scale=lora.scale)
+        return _Adapted(weight, pair, lora.dropout if self._network.training else 0.0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._network.names)
+
+    def __len__(self) -> int:
+        return len(self._network.names)
+
+
+class _Layer(nn.Module):
+    """The unit of recomputing and of sharding."""
+
+    def forward(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return run(x)
+
+
+class Network(nn.Module):
+    """Parameters are named as weights are: layers.0.attention.q, and layers.0.attention.q_lora_a of an adapter."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        context: int,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
+        recompute: bool = False,
+    ) -> None:
+        """weights: by canonical name, on one device. context: of the longest sequence. lora: train an adapter, whose
+        beginning `seed` decides; None: train all weights. recompute: keep of a layer only what it takes, and compute
+        the rest again for its gradients.
+
+        Raises ConfigError where the adapter's targets are no weights of the model.
+        """
+        super().__init__()
+        self.config = config
+        self.lora = lora
+        self.names = [name for name in weight_shapes(config) if not name.startswith("predictors.")]
+        self._recompute = recompute
+        for name in self.names:
+            self._register(name, nn.Parameter(weights[name], requires_grad=lora is None))
+        self.device = weights["embed"].device
+        self._tables = TorchTables(context, self.device)
+        if lora is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for name in lora.chosen(config):
+                rows, cols = weights[name].shape
+                bound = 1 / math.sqrt(cols)  # kaiming_uniform_ with a = sqrt(5), as a linear of torch begins
+                a = torch.empty(lora.rank, cols).uniform_(-bound, bound, generator=generator)
+                self._register(name + A, nn.Parameter(a.to(self.device)))
+                self._register(name + B, nn.Parameter(torch.zeros(rows, lora.rank, device=self.device)))
+
+    def _register(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        module: nn.Module = self
+        for depth, part in enumerate(path.split(".") if path else []):
+            if part not in module._modules:
+                module.add_module(part, _Layer() if depth == 1 else nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(leaf, parameter)
+
+    def forward(self, window: Window, head: Head) -> Tensor:
+        """What `head` makes of the rows before the window's learned tokens, in their order."""
+        tokens = torch.as_tensor(window.tokens, dtype=torch.int64, device=self.device)
+        rows = torch.as_tensor(window.learned, device=self.device).nonzero().squeeze(1) - 1
+        lengths = (window.starts[1:] - window.starts[:-1]).tolist()
+        ops = _Ops(tokens, lengths, self._tables, hidden_rows=rows)
+        weights = _Weights(self)
+        hidden = hidden_states(self.config, weights, ops, self._run)
+        return head(hidden, weights[head_name(self.config)], self.config.logit_softcap)
+
+    def _run(self, index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        module = self.get_submodule(f"layers.{index}")
+        result: Any
+        if self._recompute and torch.is_grad_enabled():
+            result = checkpoint(module, layer, x, use_reentrant=False)
+        else:
+            result = module(layer, x)
+        assert isinstance(result, Tensor)
+        return result
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """By name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

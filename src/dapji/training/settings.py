@@ -1,0 +1,188 @@
+"""Settings of a run: what a recipe says. Strict: a key that is unknown is refused by its name. Knows no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from dapji.errors import ConfigError, UsageError
+from dapji.models.adapter import adaptable
+from dapji.models.config import ModelConfig
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+
+PEFT_NAMES = {
+    "q_proj": "attention.q",
+    "k_proj": "attention.k",
+    "v_proj": "attention.v",
+    "o_proj": "attention.o",
+    "gate_proj": "feed_forward.gate",
+    "up_proj": "feed_forward.up",
+    "down_proj": "feed_forward.down",
+}
+"""What people call the targets of adapters -> the ends of our names."""
+
+
+class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    train: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """Files of examples."""
+    evaluate: list[str] = []
+    """Files that are held out."""
+    format: str | None = None
+    """The convention that all are in; None: what their fields say."""
+    window: Positive = 1024
+    """Tokens that are computed at once: examples are packed into windows of this size. The longest example."""
+    truncate: bool = False
+    """Cut longer examples, which are refused otherwise."""
+    skip_invalid: bool = False
+    """Leave out rows that cannot be learned, which are refused otherwise."""
+
+
+class LoraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An adapter (Hu et al. 2021)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, msgspec.Meta(gt=0)] = 32
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023), not by alpha / rank."""
+    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    targets: list[str] = []
+    """Ends of canonical names (attention.q), or PEFT's (q_proj); none: every matrix of the layers."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def chosen(self, config: ModelConfig) -> list[str]:
+        """Canonical names of the weights that change. Raises ConfigError where a target is none."""
+        possible = [name for name in adaptable(config) if name.startswith("layers.") and not name.endswith(".router")]
+        if not self.targets:
+            return possible
+        ends = {target: f".{PEFT_NAMES.get(target, target)}" for target in self.targets}
+        for target, end in ends.items():
+            if not any(f".{name}".endswith(end) for name in possible):
+                known = sorted({name.split(".", 2)[2] for name in possible})
+                raise ConfigError(
+                    f"lora.targets: {target!r} is no matrix of this model", hint=f"of each layer: {', '.join(known)}"
+                )
+        return [name for name in possible if f".{name}".endswith(tuple(ends.values()))]
+
+
+class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """AdamW (Loshchilov and Hutter 2019), its rate rising linearly at first."""
+
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls, to 0 at the end."""
+    warmup: Share = 0.03
+    """The share of all steps in which the rate rises."""
+    weight_decay: Amount = 0.0
+    """Of matrices; norms and biases have none."""
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    epsilon: Annotated[float, msgspec.Meta(gt=0)] = 1e-8
+    clip: Amount = 1.0
+    """Longest gradient; 0: any."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, from 0, of so many."""
+        warmup = math.ceil(self.warmup * steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        along = (step - warmup) / max(1, steps - warmup)
+        share = {"cosine": (1 + math.cos(math.pi * along)) / 2, "linear": 1 - along, "constant": 1.0}[self.schedule]
+        return self.learning_rate * share
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    epochs: Annotated[float, msgspec.Meta(gt=0)] = 1
+    """Times that every example is seen."""
+    steps: Positive | None = None
+    """End after so many steps, whatever `epochs` says."""
+    batch: Positive = 8
+    """Windows of each step, on all ranks together."""
+    evaluate_every: Positive | None = None
+    """Steps; None: at the end alone."""
+    save_every: Positive = 100
+    """Steps between checkpoints."""
+    recompute: bool = False
+    """Less memory, a third more to compute."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights that are not trained, and of activations."""
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of a run."""
+
+    model: str
+    """The base: a name of `dapji list`, a GGUF file, or a folder."""
+    output: str
+    """The folder of the run."""
+    data: DataSettings
+    method: Literal["supervised"] = "supervised"
+    seed: int = 0
+    lora: LoraSettings | None = None
+    """None: all weights are trained."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings = RunSettings()
+
+
+def read_recipe(path: Path, *, profile: str | None = None, changes: dict[str, str] | None = None) -> Recipe:
+    """A recipe in TOML. profile: a table of [profiles], whose keys are taken instead. changes: dotted key -> value in
+    TOML, or a bare text. Raises UsageError with the name of what is wrong."""
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    profiles = given.pop("profiles", {})
+    if profile is not None:
+        if profile not in profiles:
+            raise UsageError(f"{path}: no profile {profile!r}", hint=f"it has: {', '.join(profiles) or 'none'}")
+        _merge(given, profiles[profile])
+    for key, text in (changes or {}).items():
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except ValueError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(given, value)
+    try:
+        return msgspec.convert(given, Recipe)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The same settings in TOML, those that were left to themselves too."""
+    lines: list[str] = []
+    _write_table(msgspec.to_builtins(recipe), "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def _write_table(table: dict[str, object], name: str, lines: list[str]) -> None:
+    if name:
+        lines += ["", f"[{name}]"]
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    # JSON's strings, numbers and lists of them are TOML's too; what is None is left out
+    plain = {key: value for key, value in table.items() if key not in tables and value is not None}
+    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    for key, value in tables.items():
+        _write_table(value, f"{name}.{key}" if name else key, lines)
+
+
+def _merge(into: dict[str, object], other: dict[str, object]) -> None:
+    for key, value in other.items():
+        present = into.get(key)
+        if isinstance(present, dict) and isinstance(value, dict):
+            _merge(present, value)
+        else:
+            into[key] = value

@@ -1,0 +1,103 @@
+"""Packed windows against sequences alone, against transformers, and gradients of a step however it is split."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_training as tiny
+import torch
+
+from dapji.errors import ConfigError
+from dapji.training.network import Network
+from dapji.training.settings import LoraSettings
+from dapji.training.supervised import Supervised, losses_of
+
+LENGTHS = [17, 40, 5, 17, 2]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+"""float32: sums over a few hundred terms, in another order."""
+
+
+def gradients(network: Network, windows: list) -> dict[str, torch.Tensor]:
+    method = Supervised()
+    count = sum(method.count(window) for window in windows)
+    for window in windows:
+        (method.loss(network, window) / count).backward()
+    found = {name: parameter.grad for name, parameter in network.trained().items()}
+    network.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_no_sequence_sees_another(window: int | None) -> None:
+    """Another text in one sequence changes the losses of that one, and not one bit of the others'."""
+    network = tiny.network(tiny.config(window=window))
+    packed = tiny.window(LENGTHS)
+    losses = losses_of(network, packed).detach()
+    owners = packed.segments[packed.learned]
+    for changed in range(len(LENGTHS)):
+        tokens = packed.tokens.copy()
+        mine = slice(packed.starts[changed], packed.starts[changed + 1])
+        tokens[mine] = 3 + (tokens[mine] + 7) % 256
+        other = losses_of(network, dataclasses.replace(packed, tokens=tokens)).detach()
+        assert torch.equal(losses[owners != changed], other[owners != changed])
+        assert not torch.isclose(losses[owners == changed], other[owners == changed]).any()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_packed_is_each_alone(window: int | None) -> None:
+    network = tiny.network(tiny.config(window=window))
+    packed = tiny.window(LENGTHS)
+    apart = torch.cat([losses_of(network, each) for each in tiny.alone(packed)])
+    torch.testing.assert_close(losses_of(network, packed), apart, **CLOSE)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_gradients_of_a_step_do_not_depend_on_its_split(lora: LoraSettings | None, tied_head: bool) -> None:
+    network = tiny.network(tiny.config(tied_head=tied_head), lora=lora)
+    for name, parameter in network.trained().items():
+        if name.endswith("_lora_b"):  # at the beginning 0, which would keep all gradients of a at 0
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    packed = tiny.window(LENGTHS)
+    whole = gradients(network, [packed])
+    apart = gradients(network, tiny.alone(packed))
+    assert whole.keys() == apart.keys()
+    for name in whole:
+        scale = whole[name].abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(apart[name] / scale, whole[name] / scale, **CLOSE, msg=name)
+
+
+def test_recomputing_changes_no_bit() -> None:
+    packed = tiny.window(LENGTHS)
+    lora = LoraSettings(rank=4, dropout=0.3)
+    found = []
+    for recompute in (False, True):
+        network = tiny.network(tiny.config(), lora=lora, recompute=recompute)
+        torch.manual_seed(3)
+        found.append(gradients(network, [packed]))
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_targets_by_our_names_and_by_those_of_peft() -> None:
+    config = tiny.config()
+    assert LoraSettings(targets=["q_proj", "feed_forward.down"]).chosen(config) == [
+        f"layers.{i}.{part}" for i in range(2) for part in ("attention.q", "feed_forward.down")
+    ]
+    assert len(LoraSettings().chosen(config)) == 14
+    assert LoraSettings(targets=["layers.1.attention.v"]).chosen(config) == ["layers.1.attention.v"]
+    with pytest.raises(ConfigError, match=r"'qkv' is no matrix of this model"):
+        LoraSettings(targets=["q_proj", "qkv"]).chosen(config)
+
+
+def test_dropout_is_for_training_alone() -> None:
+    network = tiny.network(tiny.config(), lora=LoraSettings(rank=4, dropout=0.5))
+    for name, parameter in network.trained().items():
+        if name.endswith("_lora_b"):
+            torch.nn.init.normal_(parameter)
+    packed = tiny.window(LENGTHS)
+    assert not torch.equal(losses_of(network, packed), losses_of(network, packed))
+    network.eval()
+    assert torch.equal(losses_of(network, packed), losses_of(network, packed))

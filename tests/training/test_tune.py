@@ -1,0 +1,199 @@
+"""Whole runs from recipes: what is in the folder loads elsewhere and answers alike; killed runs go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training as tiny
+import torch
+import transformers
+from peft import PeftModel
+
+from dapji.errors import UsageError
+from dapji.model import open_files
+from dapji.models.torch_executor import load_weights, sequence_logits
+from dapji.ops.torch import TorchTables
+from dapji.training.run_data import RunData
+from dapji.training.settings import Recipe, read_recipe, write_recipe
+from dapji.training.tune import Planned, tune
+from dapji.weights.checkpoint import open_checkpoint
+from dapji.weights.convert import write_folder
+
+ROOT = Path(__file__).parents[2]
+LORA = "[lora]\nrank = 4\ndropout = 0.1"
+RUN = "[optimizer]\nlearning_rate = 1e-2\n[run]\nepochs = 4\nbatch = 2\nsave_every = 1\nevaluate_every = 5"
+TOKENS = torch.arange(3, 43)[None]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What does not depend on the machine's load."""
+    return [{key: value for key, value in line.items() if key not in ("seconds", "memory")} for line in metrics]
+
+
+def base_in_transformers(folder: Path) -> transformers.PreTrainedModel:
+    whole = folder / "base-hf"
+    write_folder(open_checkpoint(folder / "tiny.gguf"), whole, "F32")
+    return transformers.AutoModelForCausalLM.from_pretrained(whole)
+
+
+def test_a_whole_model_loads_in_transformers(tmp_path: Path) -> None:
+    recipe = read_recipe(tiny.write_recipe(tmp_path, RUN))
+    assert tune(recipe)
+    out = tmp_path / "run"
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "recipe.toml", "dapji.json"} <= names
+    assert not names & {"data", "checkpoints", "whole"}
+    files = open_files(str(out))
+    weights = load_weights(files.tensors, device=torch.device("cpu"), dtype=torch.float32)
+    ours = sequence_logits(files.config, weights, TOKENS, TorchTables(64, torch.device("cpu")))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, two layers
+    before, after = (line["evaluation_loss"] for line in (lines(out)[0], lines(out)[-1]))
+    assert after < before - 0.5
+    lineage = json.loads((out / "dapji.json").read_text())["lineage"]
+    assert list(lineage["base"]["files"]) == ["tiny.gguf"]
+    assert [file["file"] for file in lineage["data"]["train"]] == [str(tmp_path / "train.jsonl")]
+    assert lineage["recipe"]["seed"] == 0
+    assert lineage["steps"] == lines(out)[-1]["step"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_loads_in_peft(tmp_path: Path) -> None:
+    """Its held-out loss there is the one that the run reported at its end."""
+    recipe = read_recipe(tiny.write_recipe(tmp_path, "[lora]\nrank = 4\nrslora = true", RUN))
+    assert tune(recipe)
+    model = PeftModel.from_pretrained(base_in_transformers(tmp_path), tmp_path / "run").eval()
+    assert set(model.peft_config["default"].target_modules) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    data = RunData.read(recipe, open_files(recipe.model), tmp_path / "again")
+    assert data.evaluate is not None
+    loss, count = 0.0, 0
+    for number in range(len(data.evaluate.epoch(0))):
+        for each in tiny.alone(data.evaluate.window(number)):
+            tokens = torch.tensor(each.tokens[None].astype("int64"))
+            labels = tokens.masked_fill(~torch.tensor(each.learned[None]), -100)
+            with torch.no_grad():
+                logits = model(tokens).logits[0, :-1]
+            loss += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+            count += int(each.learned.sum())
+    metrics = lines(tmp_path / "run")
+    assert metrics[-1]["evaluation_loss"] < metrics[0]["evaluation_loss"] - 0.1
+    assert loss / count == pytest.approx(metrics[-1]["evaluation_loss"], rel=1e-5)
+
+
+def start(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dapji", "tune", str(recipe), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("tables", "kills"),
+    [
+        pytest.param(f"{LORA}\n{RUN}", [4], id="lora"),
+        pytest.param(RUN, [1, 3, 4, 7], id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_step_and_resumed_is_uninterrupted(tmp_path: Path, tables: str, kills: list[int]) -> None:
+    """By SIGKILL, whatever is being written. The results are the same files, bit for bit."""
+    recipe = tiny.write_recipe(tmp_path, tables)
+    process = start(recipe)
+    for step in kills:
+        wait_for(tmp_path / "run" / "metrics.jsonl", f'"step": {step}, "loss"', process)
+        process.kill()
+        process.communicate()
+        process = start(recipe, "--resume")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert b"goes on after step" in errors
+    assert tune(read_recipe(tiny.write_recipe(tmp_path, tables, name="whole")))
+    assert exact(lines(tmp_path / "run")) == exact(lines(tmp_path / "whole"))
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "run" / path.name).read_bytes()
+
+
+def test_an_interrupt_keeps_the_step_and_ends(tmp_path: Path) -> None:
+    recipe = read_recipe(tiny.write_recipe(tmp_path, RUN), changes={"run.save_every": "1000"})
+
+    def interrupt(metrics: Mapping[str, Any]) -> None:
+        if metrics["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    assert not tune(recipe, report=interrupt)
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    planned: list[Planned] = []
+    assert tune(recipe, resume=True, plan=planned.append)
+    assert planned[0].done == 2
+    steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, planned[0].steps + 1))
+
+
+def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
+    recipe = read_recipe(tiny.write_recipe(tmp_path, "[run]\nsteps = 1\nbatch = 1"))
+    assert tune(recipe)
+    with pytest.raises(UsageError, match="a finished run"):
+        tune(recipe, resume=True)
+    (tmp_path / "run" / "dapji.json").unlink()
+    with pytest.raises(UsageError, match="has not ended"):
+        tune(recipe)
+    other = read_recipe(tmp_path / "run.toml", changes={"seed": "1"})
+    with pytest.raises(UsageError, match="another recipe"):
+        tune(other, resume=True)
+
+
+def test_recipes_are_strict(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path, LORA, "[profiles.tiny.run]\nsteps = 2")
+    recipe = read_recipe(path, profile="tiny", changes={"lora.rank": "32", "output": "elsewhere/run"})
+    assert (recipe.run.steps, recipe.lora and recipe.lora.rank, recipe.output) == (2, 32, "elsewhere/run")
+    again = tmp_path / "again.toml"
+    again.write_text(write_recipe(recipe))
+    assert read_recipe(again) == recipe
+    for changes, message in (
+        ({"lora.rnak": "3"}, r"unknown field `rnak` - at `\$.lora`"),
+        ({"lora.rank": "0"}, r"Expected `int` >= 1 - at `\$.lora.rank`"),
+        ({"method": "dop"}, r"Invalid enum value 'dop' - at `\$.method`"),
+        ({"optimizer": "adam"}, r"Expected `object`, got `str` - at `\$.optimizer`"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read_recipe(path, changes=changes)
+    with pytest.raises(UsageError, match="no profile 'large'"):
+        read_recipe(path, profile="large")
+    assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*/recipe.toml")), ids=lambda path: path.parent.name)
+def test_every_recipe_has_a_tiny_profile_that_runs(path: Path, tmp_path: Path) -> None:
+    """On a tiny model; its own examples, where it has some."""
+    changes = {"model": str(tiny.write_model(tmp_path / "tiny.gguf")), "output": str(tmp_path / "out")}
+    if not (path.parent / "train.jsonl").exists():
+        changes["data.train"] = json.dumps([str(tiny.write_examples(tmp_path / "train.jsonl"))])
+    recipe = read_recipe(path, profile="tiny", changes={**changes, "data.truncate": "true"})
+    assert tune(recipe)
+    assert lines(tmp_path / "out")[-1]["step"] == 2
