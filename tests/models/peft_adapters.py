@@ -43,6 +43,13 @@ def written(model: peft.PeftModel, folder: Path) -> Path:
     return folder
 
 
+def loaded(name: str, folder: Path) -> peft.PeftModel:
+    """An adapter of a folder on the tiny model `name`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        return peft.PeftModel.from_pretrained(deepcopy(oracle(name)), folder).eval()
+
+
 def logits(model: torch.nn.Module, tokens: list[int] | None = None) -> NDArray[np.float32]:
     with torch.no_grad():
         return model(torch.tensor([text() if tokens is None else tokens]), use_cache=False).logits[0].numpy()

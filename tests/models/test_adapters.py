@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from peft_adapters import RANK, make, written
+from peft_adapters import RANK, loaded, make, written
 from peft_adapters import logits as peft_logits
 from tiny_models import (
     DISTINCT,
@@ -25,11 +25,13 @@ from tiny_models import (
 )
 
 from dapji.models import families
-from dapji.models.adapter import Adapter
+from dapji.models.adapter import Adapter, adaptable
 from dapji.models.torch_executor import load_pairs, load_weights, sequence_logits
 from dapji.ops.batch import KV_BLOCK, Batch
+from dapji.ops.low_rank import LowRank
+from dapji.ops.tensor import Tensor
 from dapji.ops.torch import TorchTables
-from dapji.weights.adapter_file import open_adapter
+from dapji.weights.adapter_file import open_adapter, write_adapter
 
 
 def batch(sequences: list[list[int]], adapters: list[int] | None) -> Batch:
@@ -105,6 +107,28 @@ def test_an_adapter_computes_what_peft_merges_into_the_base(name: str, tmp_path:
     got = executor.step(batch([text()], [executor.add_adapter(adapter)]))
     expected = opened("reference", config, merged, context=TEXT, kv="f32").step(batch([text()], None))
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "phi3", "exaone4", "gemma2"])
+@pytest.mark.parametrize("some", [False, True])
+def test_peft_loads_what_we_write(name: str, some: bool, tmp_path: Path) -> None:
+    """Random pairs of ranks and scales of their own for our matrices, all or some, also those that the layout joins."""
+    config, tensors = translated(name)
+    random = np.random.default_rng(0)
+    pairs = {}
+    for i, (key, (rows, cols)) in enumerate(adaptable(config).items()):
+        if key != "head" and not (some and i % 3):
+            a, b = (
+                Tensor.from_float32(key, random.normal(0, 0.1, size).astype("f4")) for size in ((4, cols), (rows, 4))
+            )
+            pairs[key] = LowRank(a=a, b=b, scale=2.0 if i % 2 else 1.5)
+    write_adapter(tmp_path, config, Adapter(pairs=pairs), base="tiny")
+    executor = opened("reference", config, tensors, context=TEXT, kv="f32")
+    want = executor.step(batch([text()], [executor.add_adapter(Adapter(pairs=pairs))]))
+    again = executor.step(batch([text()], [executor.add_adapter(open_adapter(tmp_path, config))]))
+    np.testing.assert_allclose(again, want, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(peft_logits(loaded(name, tmp_path)), want, rtol=0, atol=TOLERANCE)
+    assert np.abs(want - oracle_logits(name)).max() > 0.5
 
 
 @pytest.mark.parametrize("kind", EXECUTORS)
