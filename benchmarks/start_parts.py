@@ -44,7 +44,7 @@ def parts(model: str, question: str) -> dict[str, float]:
     tokenizer = files.tokenizer()
     end("making the tokenizer")
     cache = loading.PanelCache.of(files.checkpoint, native.panels_version())
-    context = min(files.config.max_context, loading.DEFAULT_CONTEXT)
+    context = loading.default_context(files.config)
     executor = loading.open_executor("native", files.config, files.tensors, context=context, cache=cache)
     end("mapping the weights, recording the decoder")
     engine = loading.Engine(executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)

@@ -124,6 +124,11 @@ def open_files(name_or_path: str | Path) -> Files:
     return Files(checkpoint=checkpoint, config=config, tensors=tensors)
 
 
+def default_context(config: ModelConfig) -> int:
+    """Tokens of the longest conversation, where nobody says how long."""
+    return min(config.max_context, DEFAULT_CONTEXT)
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -154,7 +159,7 @@ def load(
     change = None if adapter is None else files.adapter(Path(adapter).expanduser())
     kind = executor or default_kind()
     if context is None:
-        context = min(files.config.max_context, DEFAULT_CONTEXT)
+        context = default_context(files.config)
     block_bytes = KV_BLOCK * cached_bytes(files.config, kv)
     n_blocks = max(-(-context // KV_BLOCK), (kv_memory or 0) // block_bytes)
     opened = open_executor(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dapji.errors import ModelNotFound
+from dapji.model import load
 from dapji.server.problem import Problem
 from dapji.server.registry import Registry
+from tiny import SCRIPT, write_tiny
 
 
 class Fake:
@@ -103,3 +106,21 @@ def test_unknown_names(paths: list[Path]) -> None:
         registry([Path("nothing-like-this")], memory=None)
     with pytest.raises(Problem, match=r"no model '\.\./a' here"):
         registry(paths, memory=None).find("../a")
+
+
+def test_the_context_is_known_before_a_model_is_opened(tmp_path: Path) -> None:
+    long = write_tiny(tmp_path / "long.gguf", SCRIPT, max_context=65536)
+    short = write_tiny(tmp_path / "short.gguf", SCRIPT, max_context=100)
+    (tmp_path / "broken.gguf").write_bytes(b"x")
+    paths = [long, short, tmp_path / "broken.gguf"]
+
+    async def contexts(given: int | None) -> list[int | None]:
+        models = Registry(paths, load=partial(load, context=given), memory=None, context=given)
+        told = [await models.context_of(served) for served in models.models.values()]
+        async with models.use("short") as (_, model):
+            assert model.engine.context == told[1] == await models.context_of(models.find("short"))
+        models.close()
+        return told
+
+    assert asyncio.run(contexts(None)) == [8192, 100, None]
+    assert asyncio.run(contexts(64)) == [64, 64, 64]

@@ -201,6 +201,7 @@ def command(
             load=opened,
             memory=None if memory is None else round(memory * 1e9),
             kv_memory=kv_bytes,
+            context=context,
             adapters=[_adapter(text, names) for text in adapters],
             stays=engine == "vllm",
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dapji.errors import ModelNotFound
-from dapji.model import Model
+from dapji.errors import DapjiError, ModelNotFound
+from dapji.model import Model, default_context, open_files
 from dapji.server.problem import Problem
 from dapji.weights import store
 
@@ -46,6 +46,8 @@ class Served:
     """Seconds that it stays open after its last use; None: until another needs its memory."""
     closing: asyncio.TimerHandle | None = None
     """Set while nothing but `keep` holds it open."""
+    context: int | None = None
+    """Tokens of its longest conversation, once somebody has asked."""
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -64,13 +66,14 @@ class Registry:
         load: Callable[[Path], Model],
         memory: int | None,
         kv_memory: int = 0,
+        context: int | None = None,
         adapters: Iterable[tuple[str, str, Path]] = (),
         stays: bool = False,
     ) -> None:
         """names: of the store, or paths; the first is the default. memory: bytes that open models may take together;
-        None: any number are open at once. kv_memory: of it, what each takes beside its weights. adapters: name of the
-        model, name and path of each. stays: what is open cannot be opened again, so `Served.keep` means nothing. Raises
-        ModelNotFound."""
+        None: any number are open at once. kv_memory: of it, what each takes beside its weights. context: tokens, where
+        not each model's own. adapters: name of the model, name and path of each. stays: what is open cannot be opened
+        again, so `Served.keep` means nothing. Raises ModelNotFound."""
         self.models: dict[str, Served] = {}
         for name in names:
             path = store.resolve(name)
@@ -85,6 +88,7 @@ class Registry:
             self.models[named] = served
         self.stays = stays
         self._load = load
+        self._context = context
         self.memory = memory
 
     @asynccontextmanager
@@ -109,6 +113,16 @@ class Registry:
                 each.users -= 1
                 each.used = time.monotonic()
                 self.rest(each)
+
+    async def context_of(self, served: Served) -> int | None:
+        """Tokens of a prompt and its answer together. None where that shows when it is opened."""
+        if served.model is not None:
+            return served.model.engine.context
+        if served.context is None and not self.stays:
+            path = (served.parent or served).path
+            with suppress(DapjiError):  # who asks it something is told
+                served.context = self._context or default_context((await asyncio.to_thread(open_files, path)).config)
+        return served.context
 
     def rest(self, served: Served) -> None:
         """Closes the model when its time is over (`Served.keep`), where nobody uses it."""

@@ -16,16 +16,16 @@ from dapji.server.wire import json_response
 
 async def index(request: Request) -> Response:
     service: Service = request.app.state.service
-    served = [_described(each, service) for each in service.registry.models.values()]
+    served = [await _described(each, service) for each in service.registry.models.values()]
     return json_response({"object": "list", "data": served})
 
 
 async def show(request: Request) -> Response:
     service: Service = request.app.state.service
-    return json_response(_described(service.registry.find(request.path_params["name"]), service))
+    return json_response(await _described(service.registry.find(request.path_params["name"]), service))
 
 
-def _described(served: Served, service: Service) -> dict[str, Any]:
+async def _described(served: Served, service: Service) -> dict[str, Any]:
     settings = service.settings
     limits: dict[str, Any] = {
         "max_body_bytes": settings.max_body,
@@ -36,7 +36,7 @@ def _described(served: Served, service: Service) -> dict[str, Any]:
         "max_top_logprobs": settings.max_top,
         "max_running": settings.max_running,
         "max_waiting": settings.max_waiting,
-        "context": None if served.model is None else served.model.engine.context,
+        "context": await service.registry.context_of(served),
     }
     return {
         "id": served.name,
