@@ -11,6 +11,33 @@ import numpy as np
 
 from dapji.chat.grammar import Grammar
 
+FORMATS_OF_CALLS = {
+    "json": "<tool_call> <think></think>",
+    "json without reasoning": "<tool_call>",
+    "lists": "<TOOLCALL>",
+    "ids": "<|START_ACTION|>",
+    "names as keys": "<|tools_prefix|>",
+    "no closer": "<|tool_call|>",
+    "llama": '{"name": f, "parameters": {}} ipython',
+    "llama lists": "[func_name1(",
+    "llama 4": "<|python_start|>",
+    "pythonic": "<|tool_call_start|>",
+    "qwen 3 coder": "<tool_call><function= <think></think>",
+    "seed": "<seed:tool_call><function=",
+    "minimax": '<minimax:tool_call><invoke name="',
+    "dsml": "｜DSML｜tool_calls",
+    "minicpm": '<function name="<param name="',
+    "glm": "<tool_call><arg_key><think></think>",
+    "deepseek r1": "<｜tool▁calls▁begin｜>```json",
+    "deepseek": "<｜tool▁calls▁begin｜>",
+    "kimi": "<|tool_calls_section_begin|>",
+    "kimi k3": "<|open|><|sep|><|close|>",
+    "mistral": "[TOOL_CALLS]",
+    "mistral without lists": "[TOOL_CALLS][ARGS]",
+    "mistral with ids": "[TOOL_CALLS][ARGS][CALL_ID]",
+    "gpt-oss": "<|channel|><|message|>",
+}
+"""Texts that templates contain, by which the formats of their answers are told."""
 _LIKELY = {'"]})>': 8.0, " \n\t\r\\": 0.3}
 """Weights of bytes beside 1: so that brackets and strings end."""
 

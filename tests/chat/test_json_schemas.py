@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from random_answers import Vocabulary
+from random_answers import FORMATS_OF_CALLS, Vocabulary
 
+from dapji.chat.formats import AnswerFormat
 from dapji.chat.grammar import Grammar, Grammars
 from dapji.errors import RequestError
 from dapji.model import load
@@ -83,3 +86,30 @@ def test_what_is_not_valid_cannot_be_written(schema: Any, text: str, vocabulary:
     tokens = list(text.encode())
     accepted = matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens)
     assert not (accepted and matcher.is_accepting())
+
+
+def test_what_is_no_schema_fails_in_one_way_alone(grammars: Grammars) -> None:
+    """Parts of schemas replaced by what does not belong there: used or refused, for content and for calls."""
+    chance = random.Random(1)
+    junk = [None, True, 0, -1.5, 1e308, "", "#", "#/a", [], {}, [[]], {"$ref": "#"}, {"a": 1}, "x" * 200, [1, "type"]]
+    refused = 0
+    for name in itertools.islice(itertools.cycle(FORMATS_OF_CALLS), 400):
+        schema = changed(chance.choice(CASES)["schema"], chance.choice(junk), chance)
+        try:
+            grammars.start(Grammar.json_schema(schema))
+            rules = AnswerFormat.of(FORMATS_OF_CALLS[name]).grammar(tools=[{"name": "f", "parameters": schema}])
+            assert rules is not None
+            grammars.start(Grammar.answer(rules, None))
+        except RequestError:
+            refused += 1
+    assert 100 < refused < 400
+
+
+def changed(schema: Any, junk: Any, chance: random.Random) -> Any:
+    """With one of its parts replaced."""
+    if isinstance(schema, dict | list) and schema and chance.random() < 0.8:
+        copy = dict(schema) if isinstance(schema, dict) else list(schema)
+        key = chance.choice(list(copy)) if isinstance(copy, dict) else chance.randrange(len(copy))
+        copy[key] = changed(copy[key], junk, chance)
+        return copy
+    return junk

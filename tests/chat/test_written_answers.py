@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from random_answers import Vocabulary
+from random_answers import FORMATS_OF_CALLS, Vocabulary
 
 from dapji.chat.formats import AnswerFormat, Content, Event, ToolCall, ToolChoice
 from dapji.chat.formats.parser import WholeAnswers
@@ -60,34 +60,7 @@ def markers_of(format: AnswerFormat) -> list[str]:
     return sorted({marker.strip() for part in parts for marker in part.markers if marker.strip()})
 
 
-FORMATS = {
-    "json": "<tool_call> <think></think>",
-    "json without reasoning": "<tool_call>",
-    "lists": "<TOOLCALL>",
-    "ids": "<|START_ACTION|>",
-    "names as keys": "<|tools_prefix|>",
-    "no closer": "<|tool_call|>",
-    "llama": '{"name": f, "parameters": {}} ipython',
-    "llama lists": "[func_name1(",
-    "llama 4": "<|python_start|>",
-    "pythonic": "<|tool_call_start|>",
-    "qwen 3 coder": "<tool_call><function= <think></think>",
-    "seed": "<seed:tool_call><function=",
-    "minimax": '<minimax:tool_call><invoke name="',
-    "dsml": "｜DSML｜tool_calls",
-    "minicpm": '<function name="<param name="',
-    "glm": "<tool_call><arg_key><think></think>",
-    "deepseek r1": "<｜tool▁calls▁begin｜>```json",
-    "deepseek": "<｜tool▁calls▁begin｜>",
-    "kimi": "<|tool_calls_section_begin|>",
-    "kimi k3": "<|open|><|sep|><|close|>",
-    "mistral": "[TOOL_CALLS]",
-    "mistral without lists": "[TOOL_CALLS][ARGS]",
-    "mistral with ids": "[TOOL_CALLS][ARGS][CALL_ID]",
-    "gpt-oss": "<|channel|><|message|>",
-}
-
-MARKERS = sorted({m for source in FORMATS.values() for m in markers_of(AnswerFormat.of(source))})
+MARKERS = sorted({m for source in FORMATS_OF_CALLS.values() for m in markers_of(AnswerFormat.of(source))})
 
 
 def read(format: AnswerFormat, vocabulary: Vocabulary, tokens: Sequence[int], prompt: str) -> list[Event]:
@@ -104,9 +77,9 @@ def read(format: AnswerFormat, vocabulary: Vocabulary, tokens: Sequence[int], pr
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["letters", "control tokens"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS_OF_CALLS)
 def test_calls_are_read_again_and_valid(name: str, control: bool) -> None:
-    format = AnswerFormat.of(FORMATS[name])
+    format = AnswerFormat.of(FORMATS_OF_CALLS[name])
     if isinstance(format.reasoning, WholeAnswers) and not control:
         return  # every model with such a format has its markers as control tokens
     vocabulary = Vocabulary(markers_of(format) if control else [])

@@ -136,6 +136,11 @@ def test_reasoning_may_come_before_what_is_required(client: openai.OpenAI) -> No
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]},
             "tool 'f': answers cannot be held to the keyword 'not' at /not",
         ),
+        ({"tools": [*CHAT_TOOLS, CHAT_TOOLS[0]]}, "two tools are called 'weather'"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+            "tool 'f': answers cannot be held to /allOf: Unsatisfiable schema",
+        ),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": []}}}]},
             "tool 'f': /properties must be an object of schemas",

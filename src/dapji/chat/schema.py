@@ -208,7 +208,7 @@ class _Walk:
             # The same name twice would count twice.
             self._unsupported(f"{at}/minProperties", " above 1 and the number of required names")
         if "$ref" in schema:
-            schema["$ref"] = quote(unquote(schema["$ref"]), safe="#/:?&=~@!$'()*+,;")
+            schema["$ref"] = quote(unquote(schema["$ref"]), safe="#/:?&=~@!$'()*+,;", errors="surrogatepass")
         self.open_names |= bool({"properties", "required", "patternProperties"} & schema.keys()) and (
             schema.get("additionalProperties") is not False or "patternProperties" in schema
         )

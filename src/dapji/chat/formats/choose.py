@@ -20,6 +20,7 @@ from dapji.chat.formats.pythonic import PythonicCalls
 from dapji.chat.formats.rules import ANY_TOOL, CONTENT, SPACE, Form, Rules, ToolChoice, Wanted, pattern_of
 from dapji.chat.formats.thinking import Thinking
 from dapji.chat.formats.xml_calls import XmlCalls
+from dapji.chat.schema import prepared, resolved, said, with_definitions, without_definitions
 from dapji.errors import RequestError
 
 _LLAMA_3 = LlamaCalls(opener="<|python_tag|>", closer=None)
@@ -159,7 +160,7 @@ class AnswerFormat:
         """
         schemas = argument_schemas(choice.of(tools))
         wanted = Wanted(
-            tools={name: {"type": "object"} | dict(schema) for name, schema in schemas.items()},
+            tools={name: _of_object(name, schema) for name, schema in schemas.items()},
             required=choice.required,
             parallel=choice.parallel,
             content=content,
@@ -180,6 +181,17 @@ class AnswerFormat:
         thinking = reasoning if isinstance(reasoning, Thinking) else None
         write = _free if wanted.free else _closed
         return rules.source(write(rules, forms, wanted, thinking))
+
+
+def _of_object(tool: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema, of objects alone: arguments are one. Raises RequestError for what is none that can be enforced."""
+    prepared(schema, f"tool {tool!r}")
+    if "type" not in schema and not said(schema) & {"$ref"}:
+        return {**schema, "type": "object"}
+    whole = resolved(schema, schema)
+    if isinstance(whole, Mapping) and whole.get("type") == "object":
+        return schema
+    return with_definitions({"allOf": [without_definitions(schema), {"type": "object"}]}, schema)
 
 
 def _free(rules: Rules, forms: Sequence[Form], wanted: Wanted, thinking: Thinking | None) -> str:

@@ -35,8 +35,15 @@ class ToolChoice:
     """It may have several calls."""
 
     def of(self, tools: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Those that may be called. Raises RequestError for a name that none of them has, and where there are none."""
-        named = {tool.get("function", tool).get("name"): tool for tool in tools}
+        """Those that may be called. Raises RequestError for a name that none of them or two have, and where there are
+        none to call."""
+        named: dict[Any, Mapping[str, Any]] = {}
+        for tool in tools:
+            function = tool.get("function", tool)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if name in named and name is not None:
+                raise RequestError(f"two tools are called {name!r}")
+            named[name] = tool
         if unknown := (self.names or frozenset()) - named.keys():
             told = ", ".join(sorted(map(str, named))) or "there are none"
             raise RequestError(f"tool_choice names {min(unknown)!r}, which is not among the tools: {told}")
