@@ -298,6 +298,8 @@ def test_a_head_that_ranks_gives_what_it_gives_in_llama_cpp(llama_cpp: LlamaCpp,
         assert model.prepare_reranking("날씨?", DOCUMENTS).method == "classifier"
         with pytest.raises(RequestError, match="the model ranks documents and gives no embeddings"):
             model.embed(TEXTS)
+    with pytest.raises(ConfigError, match="a folder has no form for a head that ranks"):
+        write_folder(open_checkpoint(path), tmp_path / "folder", "F32")
     want = llama_cpp.ranking(path, "날씨?", DOCUMENTS)
     assert np.ptp(want) > 0.05
     np.testing.assert_allclose(scores[:2], want[:2], rtol=0, atol=1e-3)  # exp and silu by approximations there

@@ -135,6 +135,15 @@ def test_many_texts_share_the_server_with_answers(embedder: Running, vectors: ND
     assert embedder.service.gate.running == 0
 
 
+def test_a_small_server_takes_many_texts(
+    start_server: Start, path: Path, vectors: NDArray[np.float32], tmp_path: Path
+) -> None:
+    small = start_server(Settings(max_running=2, folder=tmp_path), paths=[path], context=CONTEXT)
+    answer = httpx.post(f"{small.url}/v1/embeddings", json={"input": TEXTS * 4}).json()
+    rows = np.array([one["embedding"] for one in answer["data"]], dtype=np.float32)
+    np.testing.assert_array_equal(rows, np.tile(vectors, (4, 1)))
+
+
 def test_the_model_says_how_it_pools(embedder: Running, client: openai.OpenAI) -> None:
     client.embeddings.create(model="embedder", input="a")
     described = httpx.get(f"{embedder.url}/v1/models/embedder").json()

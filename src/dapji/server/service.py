@@ -97,7 +97,7 @@ class Service:
         """The model's name, what it prepared of n texts, and a vector of each; see `Engine.embed`. Raises Problem."""
         if not 1 <= n <= self.settings.max_inputs:
             raise Problem("invalid_request", f"{n} texts: a request may have 1 to {self.settings.max_inputs}")
-        places = min(n, self.settings.max_choices)  # so many are computed at once
+        places = min(n, self.settings.max_choices, self.settings.max_running)  # so many are computed at once
         async with self._turn(key, model, places) as (name, opened), _until(self._deadline()):
             prepared = await asyncio.to_thread(prepare, opened)
             n_tokens = sum(map(len, prepared.texts))

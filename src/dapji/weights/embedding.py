@@ -65,6 +65,8 @@ def gguf_metadata(checkpoint: Checkpoint, architecture: str) -> dict[str, int]:
 
 def folder_files(checkpoint: Checkpoint, *, dim: int) -> dict[str, object]:
     """Of a GGUF file, what a folder says of it: JSON by name. Raises ConfigError."""
+    if _gguf_pooling(checkpoint) == "rank":
+        raise ConfigError(f"{checkpoint.path}: a folder has no form for a head that ranks documents")
     pooling = _of_gguf(checkpoint)
     if pooling is None:
         return {}
