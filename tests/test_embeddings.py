@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dapji import load
-from dapji.errors import ConfigError, ContextError, RequestError
+from dapji.errors import ConfigError, ContextError, DapjiError, RequestError
 from dapji.models.executor import ExecutorKind
 from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Tokenizer
@@ -177,6 +177,10 @@ def test_vectors_are_cut_where_the_model_was_trained_for_it(made: dict[str, Publ
         ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case = True"),
         ("modules.json", {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}, "the module Dense"),
         ("modules.json", None, "no module Pooling"),
+        ("modules.json", {"type": "a.Pooling", "path": "../other"}, "the path '../other' is none"),
+        ("modules.json", {"type": "a.Pooling", "path": "9_Pooling"}, "no such file"),
+        ("modules.json", {"type": 3}, "modules.json: .*str"),
+        ("1_Pooling/config.json", {"pooling_mode": [{}]}, "pooling by {} is not supported"),
     ],
 )
 def test_what_we_do_not_have_is_refused_by_name(
@@ -193,7 +197,7 @@ def test_what_we_do_not_have_is_refused_by_name(
         assert len(list(model.complete("a", max_tokens=2))) >= 0
         with pytest.raises(RequestError, match=f"copy gives no embeddings: .*{message}"):
             model.embed(TEXTS)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(DapjiError, match=message):
         write_quantized(open_checkpoint(copy), copy / "model.gguf", "F32")
 
 
@@ -317,6 +321,7 @@ def test_a_place_in_a_document_is_text(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"qwen3.classifier.output_labels": ["no", "yes"]}, "ranks by the labels"),
+        ({"qwen3.classifier.output_labels": np.array([1, 0], dtype=np.int32)}, "ranks by the labels"),
         ({"tokenizer.chat_template.rerank": None}, "no template `rerank`"),
         ({"cls.output.weight": None}, "there is no cls.output.weight"),
         ({"qwen3.pooling_type": 7}, "pooling_type must be 0 to 4, not 7"),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dapji.chat.formats import ANY_TOOL, Content, Event, Parser, Reasoning, ToolCall, ToolChoice
 from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
-from dapji.errors import ConfigError, RequestError, TokenizerError, UsageError
+from dapji.errors import ConfigError, DapjiError, RequestError, TokenizerError, UsageError
 from dapji.models import families
 from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig, Pooling
@@ -77,7 +77,7 @@ class Files:
         return tokenizer
 
     def embedding(self) -> EmbeddingConfig:
-        """How a text becomes one vector. Raises ConfigError where that is not supported."""
+        """How a text becomes one vector. Raises ConfigError where that is not supported, FormatError, ModelNotFound."""
         return embedding_config(self.checkpoint, self.config.dim)
 
     def rank_head(self) -> RankHead | None:
@@ -250,14 +250,14 @@ class Model:
         """How a text becomes one vector. Raises RequestError where the model's files want what is not supported."""
         try:
             return self.files.embedding()
-        except ConfigError as error:
+        except DapjiError as error:
             raise RequestError(f"{self.name} gives no embeddings: {error.message}", hint=error.hint) from error
 
     @cached_property
     def _rank_head(self) -> RankHead | None:
         try:
             return self.files.rank_head()
-        except ConfigError as error:
+        except DapjiError as error:
             raise RequestError(f"{self.name} cannot rank: {error.message}", hint=error.hint) from error
 
     @property

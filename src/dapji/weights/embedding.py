@@ -7,6 +7,7 @@ name and we do not have is a ConfigError: another vector would be of no use, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _MODES: Mapping[str, str] = {
 """Of a Pooling module's config.json, where each is true or false; newer ones name theirs as `pooling_mode`."""
 MATRYOSHKA = ("is_matryoshka", "matryoshka_dimensions")
 """Keys of config.json, in the words that vLLM reads."""
+_PLACE = re.compile(r"\w*", re.ASCII)
 _LABELS = ("yes", "no")
 
 
@@ -101,7 +103,7 @@ def rank_head(checkpoint: Checkpoint) -> RankHead | None:
     if checkpoint.kind != "gguf" or _gguf_pooling(checkpoint) != "rank":
         return None
     labels = checkpoint.metadata.get(f"{checkpoint.metadata['general.architecture']}.classifier.output_labels")
-    if labels != list(_LABELS):
+    if not isinstance(labels, list) or labels != list(_LABELS):
         raise ConfigError(f"{checkpoint.path}: a head that ranks by the labels {labels!r}; known is {list(_LABELS)}")
     if RANK_HEAD not in checkpoint.tensors:
         raise ConfigError(f"{checkpoint.path}: pooling_type is rank, but there is no {RANK_HEAD}")
@@ -133,6 +135,8 @@ def _of_folder(path: Path) -> Pooling | None:
     pooling: Pooling | None = None
     for module in decode_json(map_file(listed), list[_Module], str(listed)):
         kind = module.type.rpartition(".")[2]
+        if not _PLACE.fullmatch(module.path):
+            raise ConfigError(f"{listed}: the path {module.path!r} is none of a module's folder")
         if kind == "Pooling":
             pooling = _of_module(path / module.path / "config.json")
         elif kind not in ("Transformer", "Normalize"):  # every vector is made of length 1
@@ -156,7 +160,7 @@ def _of_module(path: Path) -> Pooling:
 
 
 def _known(name: Any, path: Path) -> Pooling:
-    if name not in _POOLINGS:
+    if not isinstance(name, str) or name not in _POOLINGS:
         hint = "a model that reads from left to right knows nothing yet at its first token" if name == "cls" else None
         raise ConfigError(f"{path}: pooling by {name!r} is not supported, only by mean and last token", hint=hint)
     return _POOLINGS[name]
