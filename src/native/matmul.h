@@ -103,6 +103,11 @@ struct MatmulKernels {
   /// The same for F32, F16 and BF16. x: [T, K] float32, row stride ldx floats.
   void (*linear_f)(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t p0, int64_t p1, float* y,
                    size_t ldy, const Epilogue& epilogue);
+
+  /// The same, y = r, for matrices of few rows or few columns, where sums of their own keep the processor busy. Of the
+  /// panels p0 <= p < p1 the first is the first of y.
+  void (*linear_thin)(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t p0, int64_t p1, float* y,
+                      size_t ldy);
 };
 
 }  // namespace dapji

@@ -761,6 +761,86 @@ void linear_f(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, i
   }
 }
 
+// ---- thin matrices ----
+
+constexpr int kChains = 4;  // column k joins the sum k % 4 of its output; the four are added in the end
+
+template <class S, Format format, int R, int T>
+void thin_tile(const PanelsView& w, const float* x, size_t ldx, int64_t p, float* y, size_t ldy) {
+  using F = typename S::F;
+  constexpr int bytes = 16 * float_bytes(format);
+  const uint8_t* const panel = w.data + static_cast<size_t>(p) * w.panel_bytes;
+  F sum[kChains][R][T];
+  for (int c = 0; c < kChains; ++c) {
+    for (int r = 0; r < R; ++r) {
+      for (int t = 0; t < T; ++t) sum[c][r][t] = S::zero();
+    }
+  }
+  const auto add = DAPJI_LAMBDA(auto c, int64_t k) {
+    for (int r = 0; r < R; ++r) {
+      const F column = load_weights<S, format>(panel + static_cast<size_t>(r) * w.panel_bytes + k * bytes);
+      for (int t = 0; t < T; ++t) {
+        sum[c][r][t] = S::fma(column, S::set(x[static_cast<size_t>(t) * ldx + k]), sum[c][r][t]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kChains <= w.cols; k += kChains) {
+    unroll<kChains>(DAPJI_LAMBDA(auto c) { add(c, k + c); });
+  }
+  unroll<kChains - 1>(DAPJI_LAMBDA(auto c) {
+    if (k + c < w.cols) add(c, k + c);
+  });
+  for (int r = 0; r < R; ++r) {
+    const int64_t rest = w.rows - 16 * (p + r);
+    const int n = rest < 16 ? static_cast<int>(rest) : 16;
+    for (int t = 0; t < T; ++t) {
+      const F total = S::add(S::add(sum[0][r][t], sum[1][r][t]), S::add(sum[2][r][t], sum[3][r][t]));
+      S::store(y + static_cast<size_t>(t) * ldy + 16 * r, total, n);
+    }
+  }
+}
+
+// As many sums as the registers hold.
+template <class S, Format format, int R, int T>
+void thin_panels(const PanelsView& w, const float* x, size_t ldx, int64_t p0, int64_t p1, float* y, size_t ldy) {
+  int64_t p = p0;
+  for (; p + R <= p1; p += R) thin_tile<S, format, R, T>(w, x, ldx, p, y + 16 * (p - p0), ldy);
+  if constexpr (R > 1) {
+    if (p < p1) thin_panels<S, format, R / 2, T>(w, x, ldx, p, p1, y + 16 * (p - p0), ldy);
+  }
+}
+
+template <class S, Format format>
+void thin_format(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t p0, int64_t p1, float* y,
+                 size_t ldy) {
+  constexpr int most = S::rows > 1 ? 4 : 1;
+  int64_t t = 0;
+  for (; t + most <= tokens; t += most) {
+    thin_panels<S, format, 1, most>(w, x + static_cast<size_t>(t) * ldx, ldx, p0, p1, y + static_cast<size_t>(t) * ldy,
+                                    ldy);
+  }
+  for (; t < tokens; ++t) {
+    thin_panels<S, format, most, 1>(w, x + static_cast<size_t>(t) * ldx, ldx, p0, p1, y + static_cast<size_t>(t) * ldy,
+                                    ldy);
+  }
+}
+
+template <class S>
+void linear_thin(const PanelsView& w, const float* x, size_t ldx, int64_t tokens, int64_t p0, int64_t p1, float* y,
+                 size_t ldy) {
+  switch (w.format) {
+    case Format::F32:
+      return thin_format<S, Format::F32>(w, x, ldx, tokens, p0, p1, y, ldy);
+    case Format::F16:
+      return thin_format<S, Format::F16>(w, x, ldx, tokens, p0, p1, y, ldy);
+    case Format::BF16:
+      return thin_format<S, Format::BF16>(w, x, ldx, tokens, p0, p1, y, ldy);
+    default:
+      __builtin_unreachable();
+  }
+}
+
 // ---- activations ----
 
 constexpr float kSmallest = 0x1p-126f, kLargest = 0x1.fffffep127f;  // normal numbers
@@ -811,7 +891,7 @@ void quantize(const float* x, size_t ldx, int64_t t0, int64_t t1, const Quantize
 
 template <class S>
 constexpr MatmulKernels matmul_kernels() {
-  return {S::tokens, quantize<S>, linear_q<S>, linear_f<S>};
+  return {S::tokens, quantize<S>, linear_q<S>, linear_f<S>, linear_thin<S>};
 }
 
 }  // namespace dapji

@@ -254,7 +254,7 @@ class Program {
   struct Rows {
     int from, to;
   };
-  using Adapter = std::map<std::size_t, LowRank>;  // by operation
+  using Adapter = std::vector<LowRank>;  // by operation; without parts where it changes nothing
   struct Run {  // rows next to each other that have one adapter
     const Adapter* adapter;
     int from, to;
@@ -294,6 +294,10 @@ class Program {
   // rows.from: a multiple of the tile of `quantized`.
   void multiply(const Linear& op, std::size_t index, const Range& range, const Rows& rows, const Quantized& quantized,
                 const float* x, Worker& mine);
+  // What the adapter of a run changes of an operation; null: nothing.
+  static const LowRank* change(const Run& run, std::size_t index) {
+    return (*run.adapter)[index].parts.empty() ? nullptr : &(*run.adapter)[index];
+  }
   // Whether some row's adapter changes the operation.
   bool adapts(std::size_t index) const;
   // This worker's share of h, of LowRank, in projected_; x: the operation's input as floats.

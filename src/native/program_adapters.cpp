@@ -12,25 +12,18 @@ namespace {
 
 constexpr int kProjectedRows = 32;  // so many rows of a run are projected together
 
-// The panels from p on.
-PanelsView from_panel(PanelsView view, std::int64_t p) {
-  view.data += view.panel_bytes * static_cast<std::size_t>(p);
-  view.rows -= kLanes * p;
-  view.n_panels -= p;
-  return view;
-}
-
 }  // namespace
 
 void Program::add_adapter(int number, std::vector<LowRank> changes) {
-  Adapter adapter;
+  Adapter adapter(operations_.size());
   const std::lock_guard<std::mutex> lock(mutex_);
   if (number < 1 || adapters_.count(number) != 0) refuse("adapter " + std::to_string(number) + " is no new number");
   std::int64_t rank = max_rank_, few = max_few_panels_, many = max_many_panels_;
   for (LowRank& change : changes) {
+    if (change.parts.empty()) refuse("adapter: a change of nothing");
     const std::size_t index = static_cast<std::size_t>(change.operation);
     const Linear* const op = index < operations_.size() ? std::get_if<Linear>(&operations_[index]) : nullptr;
-    if (op == nullptr || adapter.count(index) != 0) refuse("adapter: no linear operation, or one twice");
+    if (op == nullptr || !adapter[index].parts.empty()) refuse("adapter: no linear operation, or one twice");
     const PanelsView& a = change.a->view();
     if (!is_float(a.format) || a.cols != op->cols || static_cast<std::int64_t>(change.scales.size()) != a.rows) {
       refuse("adapter: a matrix a does not fit");
@@ -48,7 +41,7 @@ void Program::add_adapter(int number, std::vector<LowRank> changes) {
       for (const Range& range : ranges) few = std::max(few, range.to - range.from);
     }
     for (const Range& range : op->chunks) many = std::max(many, range.to - range.from);
-    adapter.emplace(index, std::move(change));
+    adapter[index] = std::move(change);
   }
   adapters_.emplace(number, std::move(adapter));
   max_rank_ = rank;
@@ -96,28 +89,28 @@ void Program::prepare_adapters() {
 }
 
 bool Program::adapts(std::size_t index) const {
-  return std::any_of(runs_->begin(), runs_->end(), [&](const Run& run) { return run.adapter->count(index) != 0; });
+  return std::any_of(runs_->begin(), runs_->end(), [&](const Run& run) { return change(run, index) != nullptr; });
 }
 
 void Program::project(std::size_t index, const float* x, unsigned worker) {
-  std::size_t item = 0;
+  const std::int64_t n_workers = static_cast<std::int64_t>(pool_->size());
+  std::int64_t turn = worker;  // who takes the first share of panels, since there may be fewer than workers
   for (const Run& run : *runs_) {
-    const auto found = run.adapter->find(index);
-    if (found == run.adapter->end()) continue;
-    const LowRank& change = found->second;
-    const PanelsView& a = change.a->view();
-    for (int from = run.from; from < run.to; from += kProjectedRows) {
+    const LowRank* const low_rank = change(run, index);
+    if (low_rank == nullptr) continue;
+    const PanelsView& a = low_rank->a->view();
+    for (int from = run.from; from < run.to; from += kProjectedRows, ++turn) {
       const int to = std::min(run.to, from + kProjectedRows);
-      for (std::int64_t p = 0; p < a.n_panels; ++p) {
-        if (item++ % pool_->size() != worker) continue;
-        float* const h = projected_.data() + from * max_rank_;
-        kernels_.matmul.linear_f(a, x + from * a.cols, static_cast<std::size_t>(a.cols), to - from, p, p + 1, h,
-                                 static_cast<std::size_t>(max_rank_), {});
-        for (int i = 0; i < to - from; ++i) {
-          for (std::int64_t k = kLanes * p; k < std::min(a.rows, kLanes * (p + 1)); ++k) {
-            h[i * max_rank_ + k] *= change.scales[static_cast<std::size_t>(k)];
-          }
-        }
+      const std::int64_t share = turn % n_workers;
+      const std::int64_t p0 = a.n_panels * share / n_workers, p1 = a.n_panels * (share + 1) / n_workers;
+      if (p0 == p1) continue;
+      float* const h = projected_.data() + from * max_rank_ + kLanes * p0;
+      kernels_.matmul.linear_thin(a, x + from * a.cols, static_cast<std::size_t>(a.cols), to - from, p0, p1, h,
+                                  static_cast<std::size_t>(max_rank_));
+      const float* const scales = low_rank->scales.data() + kLanes * p0;
+      const std::int64_t n = std::min(a.rows, kLanes * p1) - kLanes * p0;
+      for (int i = 0; i < to - from; ++i) {
+        for (std::int64_t k = 0; k < n; ++k) h[i * max_rank_ + k] *= scales[k];
       }
     }
   }
@@ -128,16 +121,16 @@ const float* const* Program::terms(std::size_t index, int product, const Range& 
   bool any = false;
   for (const Run& run : *runs_) {
     const int from = std::max(run.from, rows.from), to = std::min(run.to, rows.to);
-    const auto found = run.adapter->find(index);
-    if (from >= to || found == run.adapter->end()) continue;
-    for (const LowRank::Part& part : found->second.parts) {
+    const LowRank* const low_rank = change(run, index);
+    if (from >= to || low_rank == nullptr) continue;
+    for (const LowRank::Part& part : low_rank->parts) {
       if (part.product != product) continue;
       if (!any) std::fill_n(mine.term_rows.begin(), rows.to - rows.from, nullptr);
       any = true;
       float* const y = mine.terms.data() + (from - rows.from) * width;
-      const PanelsView b = from_panel(part.b->view(), range.from);
-      kernels_.matmul.linear_f(b, projected_.data() + from * max_rank_ + part.from, static_cast<std::size_t>(max_rank_),
-                               to - from, 0, n_panels, y, static_cast<std::size_t>(width), {});
+      kernels_.matmul.linear_thin(part.b->view(), projected_.data() + from * max_rank_ + part.from,
+                                  static_cast<std::size_t>(max_rank_), to - from, range.from, range.to, y,
+                                  static_cast<std::size_t>(width));
       for (int i = from; i < to; ++i) mine.term_rows[i - rows.from] = y + (i - from) * width;
     }
   }

@@ -186,6 +186,26 @@ Results linear(Isa isa, Format format) {
   return results;
 }
 
+Results thin(Isa isa, Format format) {
+  Random random;
+  Results results;
+  for (const auto& [rows, cols] : {std::pair{16, 100}, {45, 3}, {7 * 16 + 5, 16}, {3, 1}}) {
+    const auto panels = random_panels(format, rows, cols, random);
+    for (const int tokens : {1, 2, 3, 4, 5, 9}) {
+      const std::vector<float> x = random.reals(static_cast<std::size_t>(tokens * cols));
+      const std::size_t ldy = static_cast<std::size_t>(rows) + 3;
+      std::vector<float> y(static_cast<std::size_t>(tokens) * ldy, 0.5f);
+      const std::int64_t n_panels = panels->view().n_panels, cut = n_panels / 3;
+      for (const auto& [from, to] : {std::pair{std::int64_t{0}, cut}, {cut, n_panels}}) {
+        kernels(isa).matmul.linear_thin(panels->view(), x.data(), static_cast<std::size_t>(cols), tokens, from, to,
+                                        y.data() + 16 * from, ldy);
+      }
+      results.add(y);
+    }
+  }
+  return results;
+}
+
 Results quantize(Isa isa) {
   Random random;
   Results results;
@@ -542,6 +562,9 @@ std::vector<Case> cases() {
   for (int i = 0; i < kFormats; ++i) {
     const Format format = static_cast<Format>(i);
     all.push_back({std::string("linear ") + format_info(format).name, [=](Isa isa) { return linear(isa, format); }});
+  }
+  for (const Format format : {Format::F32, Format::F16, Format::BF16}) {
+    all.push_back({std::string("thin ") + format_info(format).name, [=](Isa isa) { return thin(isa, format); }});
   }
   all.push_back({"quantize", quantize});
   using Kind = Epilogue::Kind;

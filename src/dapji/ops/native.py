@@ -154,7 +154,8 @@ def build(
     operations: list[tuple[Any, ...]] = []
     lowering = Lowering(recorder.nodes, hidden, logits)
     lowering.run(lambda *operation: operations.append(operation))
-    panels = _panels(recorder.nodes, threads, cache)
+    matrices = list(dict.fromkeys(matrix for node in recorder.nodes for matrix in _matrices(node)))
+    panels = _panels(matrices, threads, cache)
     program = native.Program(
         isa=isa(),
         threads=threads,
@@ -241,9 +242,9 @@ def add_adapter(program: Any, number: int, pairs: Sequence[tuple[Place, LowRank]
     """What sequences of later batches may choose by that number. The matrices are packed in the formats that they have;
     those with one input side by side, so that the input is read once."""
     at: dict[int, list[tuple[Place, LowRank]]] = {}
-    for place, pair in pairs:
+    for place, pair in sorted(pairs, key=lambda item: item[0]):
         at.setdefault(place.operation, []).append((place, pair))
-    changes = []
+    changes: list[tuple[int, Tensor, NDArray[np.float32], list[tuple[int, Tensor, int]]]] = []
     for operation, together in at.items():
         shared = {(id(pair.a), pair.scale): pair for _, pair in together}  # a fused matrix has one a for its parts
         starts = dict(zip(shared, accumulate((pair.rank for pair in shared.values()), initial=0), strict=False))
@@ -252,17 +253,16 @@ def add_adapter(program: Any, number: int, pairs: Sequence[tuple[Place, LowRank]
             matrices = [Tensor.from_float32(matrix.name, matrix.float32()) for matrix in matrices]
         a = Tensor.joined("a", matrices, sum(matrix.rows for matrix in matrices), matrices[0].cols)
         scales = np.concatenate([np.full(pair.rank, pair.scale, dtype=np.float32) for pair in shared.values()])
-        parts = [(place.product, _packed(pair.b), starts[id(pair.a), pair.scale]) for place, pair in together]
-        changes.append((operation, _packed(a), scales, parts))
-    program.add_adapter(number, changes)
-
-
-def _packed(matrix: Tensor) -> Any:
-    native = module()
-    shape = matrix.format.name, matrix.rows, matrix.cols
-    memory = native.allocate_panels(native.panels_bytes(*shape))
-    native.pack(*shape, np.ascontiguousarray(matrix.data), None, memory)
-    return native.Panels(*shape, memory)
+        parts = [(place.product, pair.b, starts[id(pair.a), pair.scale]) for place, pair in together]
+        changes.append((operation, a, scales, parts))
+    panels = _panels([m for _, a, _, parts in changes for m in (a, *(b for _, b, _ in parts))], 1, None)
+    program.add_adapter(
+        number,
+        [
+            (operation, panels[a], scales, [(product, panels[b], start) for product, b, start in parts])
+            for operation, a, scales, parts in changes
+        ],
+    )
 
 
 def _add_experts(program: Any, source: int, logits: int, buffer: int, node: Node, panels: Mapping[Tensor, Any]) -> None:
@@ -293,10 +293,9 @@ def _norm_weight(node: Node) -> NDArray[np.float32]:
     return _vector(node.weights[0]) + np.float32(node.arguments["offset"])
 
 
-def _panels(nodes: Sequence[Node], threads: int, cache: PanelCache | None) -> dict[Tensor, Any]:
-    """Every matrix once, side by side in one piece of memory or in the cache's file."""
+def _panels(matrices: Sequence[Tensor], threads: int, cache: PanelCache | None) -> dict[Tensor, Any]:
+    """Packed, side by side in one piece of memory or in the cache's file."""
     native = module()
-    matrices = list(dict.fromkeys(matrix for node in nodes for matrix in _matrices(node)))
     shapes = [(tensor.format.name, tensor.rows, tensor.cols) for tensor in matrices]
     sizes = [native.panels_bytes(*shape) for shape in shapes]
     starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
