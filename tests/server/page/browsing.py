@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from playwright.sync_api import Page
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
-
-Opened = Callable[..., "Page"]
+Opened = Callable[..., Page]
 
 
 def ready(page: Page, model: str | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -96,7 +96,8 @@ async def _kept(
             try:
                 yield opened
             finally:
-                await writing.keep("stopped")  # where it had no other end, its reader is gone
+                with suppress(Problem):  # of a conversation that was deleted meanwhile
+                    await writing.keep("stopped")  # where it had no other end, its reader is gone
     finally:
         all.remove(writing)
 

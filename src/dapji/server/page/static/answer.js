@@ -10,6 +10,8 @@ export class Writing {
   #controller = new AbortController();
   #reasoning = null;
   #open = null;
+  #pending = null; // what has come since the last drawing
+  #drawn = 0; // when the next drawing may be
   #stopped = false;
 
   /** ended: is called when there is nothing more to come. */
@@ -56,20 +58,38 @@ export class Writing {
       this.#reasoning.append(data.text);
     } else if (name === "content") {
       this.#closeReasoning();
-      this.#open ??= this.body.appendChild(make("div", { class: "content" })).appendChild(make("div"));
-      if (data.finished) {
-        const done = make("div");
-        done.innerHTML = data.finished;
-        decorate(done);
-        this.#open.before(...done.childNodes);
+      if (this.#pending === null) {
+        this.#pending = { finished: "" };
+        setTimeout(() => this.#draw(), this.#drawn - performance.now());
       }
-      this.#open.innerHTML = data.open;
-      decorate(this.#open);
+      this.#pending.finished += data.finished;
+      this.#pending.open = data.open;
     } else if (name === "call") {
       this.#closeReasoning();
+      this.#draw();
       this.body.append(call(data));
     }
     if (data.generated !== undefined) this.status.textContent = progress(data);
+  }
+
+  /** Shows what has come. A long block takes its time: a quarter of it at most goes into that, the rest is the reader's. */
+  #draw() {
+    if (this.#pending === null) return;
+    const began = performance.now();
+    const { finished, open } = this.#pending;
+    this.#pending = null;
+    this.#open ??= this.body.appendChild(make("div", { class: "content" })).appendChild(make("div"));
+    if (finished) {
+      const done = make("div");
+      done.innerHTML = finished;
+      decorate(done);
+      this.#open.before(...done.childNodes);
+    }
+    this.#open.innerHTML = open;
+    decorate(this.#open);
+    this.element.getBoundingClientRect(); // has it laid out now, so that its time is known
+    const ended = performance.now();
+    this.#drawn = ended + 3 * (ended - began);
   }
 
   #openReasoning() {
