@@ -81,7 +81,8 @@ async function add(list) {
   for (const file of list) {
     try {
       const used = files.reduce((sum, each) => sum + new Blob([each.text]).size, 0);
-      files = [...files, await readText(file, used)];
+      const read = await readText(file, used);
+      files = [...files, read]; // of now: others may have been added meanwhile
     } catch (error) {
       note(error.message);
     }
