@@ -108,7 +108,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def proxied(request: pytest.FixtureRequest, models: list[Path], home: Path, tmp_path: Path) -> Iterator[Proxied]:
     program = shutil.which(request.param, path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
-        pytest.skip(f"{request.param} is not installed")
+        pytest.skip(f"{request.param} is not installed: tests/cli/setup-proxies.sh")
     store = Keys(home / "server" / "keys.db")
     keys = [store.add(f"key{i}") for i in range(N_KEYS)]
     authority = Authority(tmp_path / "tls", [NAME])
