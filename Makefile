@@ -7,13 +7,17 @@ ARGS ?=
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-slow lint bench setup setup-dev native clean
+.PHONY: help chat serve test test-slow lint bench setup setup-dev native clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 chat: $(VENV)/.installed ## set up, fetch the default model once, chat (PROMPT="..." or a pipe: answer once and exit)
 	@$(BIN)/dapji chat $(ARGS) $(if $(PROMPT),-- "$$PROMPT")
+
+serve: $(VENV)/.installed ## set up, fetch the default model once, serve it: a page to chat, and the APIs
+	$(BIN)/dapji pull qwen2.5-coder-0.5b
+	$(BIN)/dapji serve qwen2.5-coder-0.5b $(ARGS)
 
 test: $(VENV)/.installed-dev lint ## set up, lint, type-check and run the default tests (offline once set up)
 	$(BIN)/dapji pull smollm2-135m
