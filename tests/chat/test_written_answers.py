@@ -32,6 +32,9 @@ TOOLS: list[dict[str, Any]] = [
                     "where": {"$ref": "#/$defs/place"},
                     "note": {"type": ["string", "null"], "maxLength": 8},
                     "code": {"type": "string", "pattern": "^[a-z]{2,4}$"},
+                    "since": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "integer", "minimum": 3}]},
+                    "kind": {"enum": ["a", True, None]},
+                    "day": {"type": "string", "format": "date"},
                     "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
                 },
                 "required": ["days", "unit"],
@@ -105,3 +108,46 @@ def test_calls_are_read_again_and_valid(name: str, control: bool) -> None:
                 assert calls, told
                 assert not any(isinstance(event, Content) and event.text.strip() for event in events), told
     assert n_calls >= 4
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "valid"),
+    [
+        ("since", "ab", True),
+        ("since", "7", True),
+        ("since", "1", False),  # read as a number, which is too small
+        ("since", "abcd", False),
+        ("kind", "a", True),
+        ("kind", "true", True),
+        ("kind", "null", True),
+        ("kind", "false", False),
+        ("note", "None", True),
+        ("note", "table", True),
+        ("note", "123456789", False),
+        ("day", "2024-02-29", True),
+        ("day", "2023-02-29", False),
+        ("code", "ab", True),
+        ("code", "AB", False),
+        ("days", "14", True),
+        ("days", "15", False),
+        ("city", "a\n<b>", True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen 3 coder", "<tool_call>\n<function=f>\n<parameter={}>\n{}\n</parameter>\n</function>\n</tool_call>"),
+        ("glm", "<tool_call>f\n<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"),
+        (
+            "minimax",
+            '<minimax:tool_call><invoke name="f"><parameter name="{}">{}</parameter></invoke></minimax:tool_call>',
+        ),
+    ],
+)
+def test_values_as_plain_text(name: str, text: str, argument: str, value: str, valid: bool) -> None:
+    schema = {**SCHEMAS["weather"], "required": []}
+    rules = AnswerFormat.of(FORMATS_OF_CALLS[name]).grammar(tools=[{"name": "f", "parameters": schema}])
+    assert rules is not None
+    matcher = Vocabulary().matcher(Grammar.answer(rules, None))
+    written = text.format(argument, value).encode()
+    assert (matcher.validate_tokens(list(written)) == len(written)) == valid

@@ -12,17 +12,19 @@ from typing import Any
 
 from dapji.chat.formats.reader import PLAIN_NAME
 from dapji.chat.formats.rules import Form, Rules, pattern_of
-from dapji.chat.formats.values import types_of
+from dapji.chat.formats.values import allows, types_of
 from dapji.chat.schema import FORMATS, resolved, said, with_definitions, without_definitions
 from dapji.errors import RequestError
 
 _OF_THE_WHOLE = frozenset(
     {"$ref", "allOf", "anyOf", "oneOf", "enum", "const", "patternProperties", "minProperties", "maxProperties"}
 )
-_NUMERIC = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"})
-_SCALARS = {
-    "null": "(?i:null|none)",
-    "boolean": "(?i:true|false)",
+_OF_STRINGS = frozenset({"type", "minLength", "maxLength", "pattern", "format"})
+_WORDS: Mapping[str, Mapping[str, Any]] = {
+    "null": {"null": None, "none": None},
+    "boolean": {"true": True, "false": False},
+}
+_NUMBERS = {
     "integer": "-?(?:0|[1-9][0-9]*)",
     "number": r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?",
 }
@@ -60,7 +62,7 @@ def arguments_of(tool: str, schema: Mapping[str, Any]) -> Iterator[Argument]:
 
 def check_plain_name(name: str) -> None:
     """Raises RequestError for a tool's or an argument's name that no format can write as it is."""
-    if not PLAIN_NAME.fullmatch(name):
+    if not name or not PLAIN_NAME.fullmatch(name):
         raise RequestError(f"this model writes names as they are: {name!r} is empty, or has white space or marks")
 
 
@@ -92,14 +94,17 @@ def text_value(rules: Rules, argument: Argument, end: str, *, newlines: bool = F
     strings = string_patterns(argument)
     if not others and strings == [[]]:
         return rules.until(Form(opener=end, rest=""))
-    without, found = [], []
-    for name in sorted(others):
-        plain = name in _SCALARS and not (name in _FIRST and said(schema) & _NUMERIC)
-        if plain:
-            without.append(rf"\s*(?:{_SCALARS[name]})\s*")
-            found.append(f"/{_SCALARS[name]}/")
+    without, found, constrained = [], [], []
+    for name in sorted(others):  # what is read as a value of these types is no string, whether it is valid or not
+        if name in _WORDS:
+            without += [rf"\s*(?i:{word})\s*" for word in _WORDS[name]]
+            found += [f"/(?i:{word})/" for word, value in _WORDS[name].items() if allows(schema, value, schema)]
+        elif name in _NUMBERS and said(schema) <= _OF_STRINGS:
+            without.append(rf"\s*(?:{_NUMBERS[name]})\s*")
+            found.append(f"/{_NUMBERS[name]}/")
         else:
             without.append(rf"\s*[{_FIRST[name]}](?s:.*)")
+            constrained.append(name)
     if newlines:
         without += [r"\n(?s:.*)", r"(?s:.*)\n"]
     if not rules.is_token(end):
@@ -110,7 +115,6 @@ def text_value(rules: Rules, argument: Argument, end: str, *, newlines: bool = F
     if newlines:
         text = rules.terminal(r"/\n?/ " + text + r" /\n?/")
     expression = f"{text} {closer}" if rules.is_token(end) else rules.terminal(f"{text} {closer}")
-    constrained = sorted(name for name in others if name in _FIRST and f"/{_SCALARS.get(name)}/" not in found)
     if constrained:
         rest = {"allOf": [without_definitions(schema), {"type": constrained}]}
         json = rules.json(with_definitions(rest, schema), argument.where)

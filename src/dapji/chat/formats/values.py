@@ -187,6 +187,24 @@ def text_argument(text: str, schema: Any) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def allows(schema: Any, value: bool | None, root: Any, depth: int = 0) -> bool:
+    """Whether a JSON schema, a part of `root`, allows this word. Of its keywords those that numbers and strings have
+    say nothing of it."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, Mapping) or depth == MAX_DEPTH:
+        return schema is not False
+    named = schema.get("type", list(_TYPES))
+    if not any(_fits(value, name) for name in ([named] if isinstance(named, str) else named)):
+        return False
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if values is not None and not any(each is value for each in values):
+        return False
+    choices = {key: [allows(e, value, root, depth + 1) for e in schema.get(key, ())] for key in ("anyOf", "oneOf")}
+    return all(allows(each, value, root, depth + 1) for each in schema.get("allOf", ())) and all(
+        any(found) for key, found in choices.items() if key in schema
+    )
+
+
 def _refuse(name: str) -> NoReturn:
     """NaN and the infinities, which JSON has not."""
     raise ValueError(name)
