@@ -275,6 +275,7 @@ def test_options_have_the_defaults_filled_in(model: Model) -> None:
         "stop": ("x",),
         "logprobs": None,
         "grammar": None,
+        "adapter": None,
     }
     assert model.options(**options) == options
 
