@@ -22,7 +22,7 @@ def gradients(network: Network, windows: list) -> dict[str, torch.Tensor]:
     method = Supervised()
     count = sum(method.count(window) for window in windows)
     for window in windows:
-        (method.loss(network, window) / count).backward()
+        (method.loss(network, window).loss / count).backward()
     found = {name: parameter.grad for name, parameter in network.trained().items()}
     network.zero_grad(set_to_none=True)
     return found

@@ -55,9 +55,10 @@ def run(network: Network, folder: Path, source: Any = None, **settings: Any) -> 
     return reported
 
 
-def oracle() -> transformers.PreTrainedModel:
+def oracle(seed: int = 0) -> transformers.PreTrainedModel:
+    weights = tiny.weights(tiny.config(), seed)
     config_json, tensors = families.to_hf(
-        tiny.config(), {name: Tensor.from_float32(name, value) for name, value in tiny.weights(tiny.config()).items()}
+        tiny.config(), {name: Tensor.from_float32(name, value) for name, value in weights.items()}
     )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_json))
     state = {name: torch.tensor(tensor.float32()) for name, tensor in tensors.items()}

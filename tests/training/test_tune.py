@@ -178,7 +178,9 @@ def test_recipes_are_strict(tmp_path: Path) -> None:
     for changes, message in (
         ({"lora.rnak": "3"}, r"unknown field `rnak` - at `\$.lora`"),
         ({"lora.rank": "0"}, r"Expected `int` >= 1 - at `\$.lora.rank`"),
-        ({"method": "dop"}, r"Invalid enum value 'dop' - at `\$.method`"),
+        ({"method.name": "dop"}, r"Invalid value 'dop' - at `\$.method.name`"),
+        ({"method.name": "dpo", "method.gamma": "1"}, r"unknown field `gamma` - at `\$.method`"),
+        ({"method.name": "dpo", "method.beta": "0"}, r"Expected `float` > 0.0 - at `\$.method.beta`"),
         ({"optimizer": "adam"}, r"Expected `object`, got `str` - at `\$.optimizer`"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -193,7 +195,8 @@ def test_every_recipe_has_a_tiny_profile_that_runs(path: Path, tmp_path: Path) -
     """On a tiny model; its own examples, where it has some."""
     changes = {"model": str(tiny.write_model(tmp_path / "tiny.gguf")), "output": str(tmp_path / "out")}
     if not (path.parent / "train.jsonl").exists():
-        changes["data.train"] = json.dumps([str(tiny.write_examples(tmp_path / "train.jsonl"))])
+        write = tiny.write_pairs if path.parent.name == "preference" else tiny.write_examples
+        changes["data.train"] = json.dumps([str(write(tmp_path / "train.jsonl"))])
     recipe = read_recipe(path, profile="tiny", changes={**changes, "data.truncate": "true"})
     assert tune(recipe)
     assert lines(tmp_path / "out")[-1]["step"] == 2

@@ -41,8 +41,8 @@ def weights(of: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def network(of: ModelConfig, *, lora: LoraSettings | None = None, recompute: bool = False) -> Network:
-    values = {name: torch.tensor(value) for name, value in weights(of).items()}
+def network(of: ModelConfig, *, lora: LoraSettings | None = None, recompute: bool = False, seed: int = 0) -> Network:
+    values = {name: torch.tensor(value) for name, value in weights(of, seed).items()}
     return Network(of, values, context=512, lora=lora, recompute=recompute)
 
 
@@ -76,6 +76,24 @@ def write_examples(path: Path, n: int = 24, *, first: int = 0) -> Path:
     rows = [
         {"instruction": f"{i % 10}+{i // 10 % 10}?", "input": "", "output": str(i % 10 + i // 10 % 10) * (1 + i % 3)}
         for i in range(first, first + n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_pairs(path: Path, n: int = 16, *, first: int = 0) -> Path:
+    """Small letters are better than large ones."""
+    words = [(i, "abcdefgh"[i % 8] * 3) for i in range(first, first + n)]
+    rows = [{"prompt": f"{i}?", "chosen": word, "rejected": word.upper()} for i, word in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_rated(path: Path, n: int = 16, *, first: int = 0) -> Path:
+    """Small letters are good and large ones are not."""
+    words = [(i, "abcdefgh"[i % 8] * 3) for i in range(first, first + n)]
+    rows = [
+        {"prompt": f"{i}?", "completion": word if i % 2 else word.upper(), "label": bool(i % 2)} for i, word in words
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

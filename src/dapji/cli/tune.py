@@ -39,6 +39,9 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
       learning_rate = 2e-4
       [run]
       epochs = 3
+      [method]                         supervised where this is left out; dpo, kto, orpo, simpo
+      name = "dpo"                     learn from preferences: docs/training.md tells their settings
+      beta = 0.1
 
     The output holds an adapter that PEFT loads, or a model that transformers loads; metrics.jsonl,
     the whole recipe, and dapji.json, which says what it was made of. Ctrl-C ends the step that runs,
@@ -52,6 +55,7 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
     Examples:
       dapji tune recipe.toml
       dapji tune recipe.toml lora.rank=32 output=runs/rank-32
+      dapji tune recipe.toml method.name=simpo method.beta=2.5
       dapji tune recipe.toml --profile tiny        a few steps, to see that it works
       dapji tune recipe.toml --resume
 
@@ -71,7 +75,7 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
             raise click.BadParameter(f"{change!r} is no KEY=VALUE", param_hint="CHANGES")
     settings = read_recipe(recipe, profile=profile, changes=dict(change.split("=", 1) for change in changes))
     with _Shown(as_json) as shown:
-        ended = tune(settings, resume=resume, plan=shown.plan, report=shown.report)
+        ended = tune(settings, resume=resume, prepare=shown.prepare, plan=shown.plan, report=shown.report)
     if not ended:
         click.echo("interrupted; --resume goes on", err=True)
         raise click.exceptions.Exit(130)
@@ -85,6 +89,16 @@ class _Shown:
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._bar: Any = None
+
+    def prepare(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="window", desc="reference", disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
 
     def plan(self, planned: Planned) -> None:
         from tqdm import tqdm
@@ -108,11 +122,13 @@ class _Shown:
             sys.stdout.flush()
         if "evaluation_loss" in metrics:
             line = f"step {metrics['step']:>6}  held-out loss {metrics['evaluation_loss']:.4f}"
+            line += _own(metrics, "evaluation_")
             with self._bar.external_write_mode(file=sys.stderr):
                 click.echo(click.style(line, fg="green"), err=True, color=wants_colour())
         else:
             self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, {metrics['trained_tokens'] / metrics['seconds']:.0f} trained tokens/s",
+                f"loss {metrics['loss']:.4f}{_own(metrics)}, "
+                f"{metrics['trained_tokens'] / metrics['seconds']:.0f} trained tokens/s",
                 refresh=False,
             )
             self._bar.update()
@@ -123,3 +139,9 @@ class _Shown:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _own(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """What a method measures beside its loss, as far as people look at it while it runs."""
+    shown = (("accuracy", "accuracy {:.0%}"), ("margin", "margin {:.2f}"), ("kl", "KL {:.3f}"))
+    return "".join(", " + text.format(metrics[prefix + name]) for name, text in shown if prefix + name in metrics)

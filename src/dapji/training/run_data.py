@@ -13,13 +13,19 @@ from typing import Any
 from dapji.errors import FormatError
 from dapji.model import Files
 from dapji.training.data.dataset import Dataset
-from dapji.training.data.encoding import Encoder
+from dapji.training.data.encoding import Encoder, Sample
 from dapji.training.data.reading import Reader, prepare
 from dapji.training.data.stream import Stream
+from dapji.training.kto_data import mismatched
 from dapji.training.settings import Recipe
 from dapji.training.sharding import is_first, together
 from dapji.weights.files import replacing
 
+_KINDS = {
+    "texts": "conversations, prompts with completions, and texts",
+    "pairs": "preferences",
+    "rated": "answers with ratings",
+}
 _RECORD = "read.json"
 """Written when all is there."""
 
@@ -55,7 +61,9 @@ class RunData:
 
 def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
     data = recipe.data
-    encoder = Encoder(files.tokenizer(), max_length=data.window, truncate=data.truncate)
+    kind = recipe.method.examples
+    longest = data.window if kind == "texts" else data.window // 2
+    encoder = Encoder(files.tokenizer(), max_length=longest, truncate=data.truncate)
     notes: Counter[str] = Counter()
     invalid, hashes = 0, {}
     for name, paths in (("train", data.train), ("evaluate", data.evaluate)):
@@ -64,14 +72,22 @@ def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
             dataset, left_out = prepare(
                 readers, folder / name, skip_invalid=data.skip_invalid, progress=lambda entry: notes.update(entry.notes)
             )
-            if any(len(dataset[i].sequences) > 1 or dataset[i].good is not None for i in range(len(dataset))):
+            kinds = {_kind(dataset[i]) for i in range(len(dataset))}
+            if kinds != {kind}:
+                found = " and ".join(_KINDS[other] for other in sorted(kinds - {kind}))
                 raise FormatError(
-                    f"data.{name}: preferences and ratings are nothing for the method {recipe.method!r}",
-                    hint="it takes conversations, prompts with completions, and texts",
+                    f"data.{name}: {found} are nothing for this method, which takes {_KINDS[kind]}",
+                    hint="another method.name, or another data.format",
                 )
+            if kind == "rated":
+                mismatched(dataset, folder / name, max_length=longest, seed=recipe.seed)
             invalid += left_out
             hashes[name] = [{"file": path, "sha256": file_hash(Path(path))} for path in paths]
     return {"files": hashes, "invalid": invalid, "notes": dict(notes)}
+
+
+def _kind(sample: Sample) -> str:
+    return "rated" if sample.good is not None else "pairs" if len(sample.sequences) > 1 else "texts"
 
 
 def file_hash(path: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import msgspec
 
@@ -38,7 +38,8 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     format: str | None = None
     """The convention that all are in; None: what their fields say."""
     window: Positive = 1024
-    """Tokens that are computed at once: examples are packed into windows of this size. The longest example."""
+    """Tokens that are computed at once: examples are packed into windows of this size. The longest example; of
+    two answers that stay in one window, each has half of it."""
     truncate: bool = False
     """Cut longer examples, which are refused otherwise."""
     skip_invalid: bool = False
@@ -73,6 +74,58 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                     f"lora.targets: {target!r} is no matrix of this model", hint=f"of each layer: {', '.join(known)}"
                 )
         return [name for name in possible if f".{name}".endswith(tuple(ends.values()))]
+
+
+class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"):
+    """What is learned of examples: the table [method], whose `name` says which has the settings beside it."""
+
+    examples: ClassVar[Literal["texts", "pairs", "rated"]] = "pairs"
+    """What its files hold: conversations, prompts with completions and texts; preferences; answers that are rated."""
+
+
+class SupervisedSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="supervised"):
+    examples = "texts"
+
+
+class DpoSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="dpo"):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    beta: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    """How closely the model is held to the one that it begins from."""
+    label_smoothing: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.0
+    """The share of pairs that are expected to be the wrong way round (cDPO, Mitchell 2023)."""
+    length_normalised: bool = False
+    """Compare means over the tokens of an answer, not sums."""
+
+
+class KtoSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="kto"):
+    """Answers that are good or not, one by one (Ethayarajh et al. 2024)."""
+
+    examples = "rated"
+    beta: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    desirable_weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    undesirable_weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """The paper advises weights that, times the numbers of good and bad answers, are from 1 : 1 to 4 : 3."""
+
+
+class OrpoSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="orpo"):
+    """The chosen answer is learned, with odds against the rejected one (Hong et al. 2024). Needs no reference."""
+
+    beta: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    """The weight of the odds, the paper's lambda."""
+
+
+class SimpoSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="simpo"):
+    """Mean log-probabilities compared, with a margin (Meng et al. 2024). Needs no reference."""
+
+    beta: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    gamma: Amount = 1.0
+    """The margin by which beta times the difference has to exceed 0."""
+    label_smoothing: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.0
+    """As DPO's."""
+
+
+MethodSettings: TypeAlias = SupervisedSettings | DpoSettings | KtoSettings | OrpoSettings | SimpoSettings
 
 
 class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,7 +180,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     output: str
     """The folder of the run."""
     data: DataSettings
-    method: Literal["supervised"] = "supervised"
+    method: MethodSettings = SupervisedSettings()
     seed: int = 0
     lora: LoraSettings | None = None
     """None: all weights are trained."""

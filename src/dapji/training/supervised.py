@@ -7,16 +7,17 @@ from torch import Tensor
 from dapji.training.data.stream import Window
 from dapji.training.loss import token_losses
 from dapji.training.network import Network
+from dapji.training.trainer import Method, Outcome
 
 
-class Supervised:
+class Supervised(Method):
     """-log p of every learned token, over their number."""
 
     def count(self, window: Window) -> int:
         return int(window.learned.sum())
 
-    def loss(self, network: Network, window: Window) -> Tensor:
-        return losses_of(network, window).sum()
+    def loss(self, network: Network, window: Window) -> Outcome:
+        return Outcome(losses_of(network, window).sum())
 
 
 def losses_of(network: Network, window: Window) -> Tensor:

@@ -1,7 +1,8 @@
 """THE training loop: windows through a method's loss into gradients, steps, metrics and checkpoints.
 
 One loop for all methods; it knows none. A `Method` makes a number of a window, the sum of what it counts; the loop
-divides by the count of all windows of a step, whatever ranks and micro-batches they are in. A `Source` gives window
+divides by the count of all windows of a step, whatever ranks and micro-batches they are in, and so for a method's own
+metrics. A `Source` gives window
 after window by number: files that were read before, or answers that are generated when they are asked for. Where a run
 stands is the number of windows taken; what is random in a window follows from the seed and its number.
 """
@@ -14,11 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ from dapji.training.network import Network
 from dapji.training.settings import OptimizerSettings, RunSettings
 
 
+class Outcome(NamedTuple):
+    """What a method makes of a window."""
+
+    loss: Tensor
+    """The sum over what the method counts, a scalar, differentiable where gradients are on."""
+    metrics: Mapping[str, tuple[float, float]] = {}
+    """Name -> a sum, and the number that it becomes a mean over. The same names of every window."""
+
+
 class Method(Protocol):
     """How a window becomes a loss. The same on every rank."""
 
@@ -40,9 +50,12 @@ class Method(Protocol):
         """What the loss is a mean over: learned tokens, pairs, answers."""
         ...
 
-    def loss(self, network: Network, window: Window) -> Tensor:
-        """The sum over them, a scalar, differentiable where gradients are on."""
-        ...
+    def begin(self, network: Network, windows: Sequence[tuple[Window, bool]], total: Total) -> None:
+        """Before the losses of a step, or of an evaluation, with all its windows of this rank, and whether each counts:
+        for what follows from all of them and must not depend on how they are split. total: sums over all ranks."""
+        return
+
+    def loss(self, network: Network, window: Window) -> Outcome: ...
 
 
 class Source(Protocol):
@@ -51,6 +64,8 @@ class Source(Protocol):
     def window(self, index: int) -> Window: ...
 
 
+Total = Callable[..., tuple[float, ...]]
+"""Numbers to their sums over all ranks."""
 Report = Callable[[Mapping[str, Any]], None]
 """Takes the metrics of a step, or of an evaluation."""
 
@@ -124,13 +139,18 @@ class Trainer:
         source, n_windows = self._evaluation
         self._network.eval()
         loss = count = 0.0
+        means = _Means()
         with torch.no_grad():
-            for _, window, counts in self._mine(source, 0, n_windows):
-                given = self._method.loss(self._network, window).item()
-                loss, count = loss + counts * given, count + counts * self._method.count(window)
+            mine = self._mine(source, 0, n_windows)
+            self._method.begin(self._network, [(window, counts) for _, window, counts in mine], self._sum)
+            for _, window, counts in mine:
+                given = self._method.loss(self._network, window)
+                means.add(given.metrics, counts)
+                loss, count = loss + counts * given.loss.item(), count + counts * self._method.count(window)
         self._network.train()
         loss, count = self._sum(loss, count)
-        self._report({"step": self.progress.step, "evaluation_loss": loss / count})
+        metrics = {f"evaluation_{name}": value for name, value in means.over(self._sum).items()}
+        self._report({"step": self.progress.step, "evaluation_loss": loss / count, **metrics})
         return loss / count
 
     def _mine(self, source: Source, first: int, end: int) -> list[tuple[int, Window, bool]]:
@@ -149,12 +169,16 @@ class Trainer:
             sum(self._method.count(window) for _, window, counts in mine if counts),
             sum(int(window.learned.sum()) for _, window, counts in mine if counts),
         )
-        loss = 0.0
+        with torch.no_grad():
+            self._method.begin(self._network, [(window, counts) for _, window, counts in mine], self._sum)
+        loss, means = 0.0, _Means()
         for number, (index, window, counts) in enumerate(mine, start=1):
             _sum_gradients(self._network, number == len(mine))
             torch.manual_seed(self._seed + (index << 32))
             # Sharded gradients are averaged over the ranks, but what is wanted is the sum.
-            given = self._method.loss(self._network, window) * (self._ranks * counts / count)
+            outcome = self._method.loss(self._network, window)
+            means.add(outcome.metrics, counts)
+            given = outcome.loss * (self._ranks * counts / count)
             given.backward()  # type: ignore[no-untyped-call]
             loss += given.item() / self._ranks
         (loss,) = self._sum(loss)
@@ -186,6 +210,7 @@ class Trainer:
                 "trained_tokens": int(tokens),
                 "seconds": seconds,
                 "memory": peak_memory(self._network.device),
+                **means.over(self._sum),
             }
         )
 
@@ -205,6 +230,24 @@ class Trainer:
 
     def _any(self, value: bool) -> bool:
         return bool(self._sum(float(value))[0])
+
+
+class _Means:
+    """Of a method's metrics, over windows and ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: Mapping[str, tuple[float, float]], counts: bool) -> None:
+        for name, (value, number) in metrics.items():
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (before[0] + counts * value, before[1] + counts * number)
+
+    def over(self, total: Total) -> dict[str, float]:
+        """Without those that nothing was counted for."""
+        values = total(*(part for pair in self._sums.values() for part in pair))
+        pairs = zip(self._sums, values[::2], values[1::2], strict=True)
+        return {name: value / number for name, value, number in pairs if number}
 
 
 def make_optimizer(network: Network, settings: OptimizerSettings) -> torch.optim.Optimizer:

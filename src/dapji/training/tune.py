@@ -18,12 +18,12 @@ from dapji.training import output
 from dapji.training.checkpoints import Checkpoints
 from dapji.training.data.packing import fill
 from dapji.training.data.stream import Stream
+from dapji.training.methods import make_method, make_source
 from dapji.training.metrics import Metrics
 from dapji.training.network import Network
 from dapji.training.run_data import RunData
 from dapji.training.settings import Recipe, RunSettings, write_recipe
 from dapji.training.sharding import is_first, process_group, shard, together
-from dapji.training.supervised import Supervised
 from dapji.training.trainer import Report, Trainer, make_optimizer
 
 RECIPE, METRICS, CHECKPOINTS, DATA = "recipe.toml", "metrics.jsonl", "checkpoints", "data"
@@ -53,12 +53,14 @@ def tune(
     recipe: Recipe,
     *,
     resume: bool = False,
+    prepare: Callable[[int, int], None] = lambda done, total: None,
     plan: Callable[[Planned], None] = lambda planned: None,
     report: Report = lambda metrics: None,
 ) -> bool:
     """Run a recipe; whether it came to its end. Interrupted, it can go on with `resume`.
 
-    plan: told before the first step, and report the metrics of every step, on the first process.
+    On the first process, prepare: told how many windows of how many have been seen by the reference, where a method has
+    one; plan: told before the first step; report: the metrics of every step.
     Raises UsageError where the folder holds another run, and what reading model and data raises.
     """
     with process_group(recipe.run.device) as device:
@@ -67,7 +69,7 @@ def tune(
             _claim(folder, recipe, resume)
         together()
         files = open_files(recipe.model)
-        return _run(recipe, files, folder, find_device(device), resume, plan, report)
+        return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report)
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -92,6 +94,7 @@ def _run(
     folder: Path,
     device: torch.device,
     resume: bool,
+    prepare: Callable[[int, int], None],
     plan: Callable[[Planned], None],
     report: Report,
 ) -> bool:
@@ -114,6 +117,19 @@ def _run(
     )
     shard(network)
     optimizer = make_optimizer(network, recipe.optimizer)
+    train, evaluate = (
+        None
+        if stream is None
+        else make_source(
+            recipe.method,
+            stream,
+            network,
+            folder / DATA / f"{name}-reference.bin",
+            prepare if is_first() else lambda done, total: None,
+        )
+        for name, stream in (("train", data.train), ("evaluate", data.evaluate))
+    )
+    assert train is not None
     with Metrics(folder / METRICS) as metrics:
 
         def both(values: Mapping[str, Any]) -> None:
@@ -122,15 +138,15 @@ def _run(
 
         trainer = Trainer(
             network,
-            Supervised(),
-            data.train,
+            make_method(recipe.method),
+            train,
             windows=_windows(data.train, recipe.run),
             optimizer=recipe.optimizer,
             run=recipe.run,
             seed=recipe.seed,
             checkpoints=Checkpoints(folder / CHECKPOINTS, network, optimizer),
             torch_optimizer=optimizer,
-            evaluation=None if data.evaluate is None else (data.evaluate, len(data.evaluate.epoch(0))),
+            evaluation=None if evaluate is None or data.evaluate is None else (evaluate, len(data.evaluate.epoch(0))),
             report=both,
         )
         done = trainer.resume() if resume else 0

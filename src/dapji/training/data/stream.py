@@ -50,6 +50,17 @@ class Window:
         """[R] the learned tokens: what the rows of `batch` have to predict."""
         return self.tokens[self.learned]
 
+    def select(self, sequences: NDArray[np.bool_]) -> Window:
+        """Some of its sequences alone, in their order. sequences: [B], whether each is wanted; at least one is."""
+        tokens = np.repeat(sequences, np.diff(self.starts))
+        return Window(
+            tokens=self.tokens[tokens],
+            learned=self.learned[tokens],
+            starts=np.concatenate([[0], np.cumsum(np.diff(self.starts)[sequences])]).astype(np.int32),
+            samples=self.samples[sequences],
+            good=self.good[sequences],
+        )
+
     def batch(self) -> Batch:
         """For an executor, each sequence in cache blocks of its own; logits only where a learned token follows."""
         lengths = np.diff(self.starts)
