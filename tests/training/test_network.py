@@ -9,9 +9,12 @@ import tiny_training as tiny
 import torch
 
 from dapji.errors import ConfigError
-from dapji.training.network import Network
-from dapji.training.settings import LoraSettings
+from dapji.ops.formats import FORMATS
+from dapji.ops.tensor import Tensor
+from dapji.training.network import Network, Stored
+from dapji.training.settings import LoraSettings, layer_matrices
 from dapji.training.supervised import Supervised, losses_of
+from dapji.weights.quantize import quantize
 
 LENGTHS = [17, 40, 5, 17, 2]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -101,3 +104,21 @@ def test_dropout_is_for_training_alone() -> None:
     assert not torch.equal(losses_of(network, packed), losses_of(network, packed))
     network.eval()
     assert torch.equal(losses_of(network, packed), losses_of(network, packed))
+
+
+@pytest.mark.parametrize("targets", [[], ["attention.q"]])
+def test_a_stored_base_gives_the_same_bits(targets: list[str]) -> None:
+    """Dequantised for each product, or once."""
+    config, lora = tiny.config(), LoraSettings(rank=4, targets=targets)
+    packed = tiny.window(LENGTHS)
+    stored, loaded = {}, {}
+    for name, values in tiny.weights(config).items():
+        loaded[name] = torch.tensor(values)
+        if name in layer_matrices(config) and values.shape[1] % 32 == 0:
+            data = quantize(values, FORMATS["Q8_0"])
+            tensor = Tensor(name=name, format=FORMATS["Q8_0"], shape=values.shape, source=data)
+            stored[name], loaded[name] = Stored(tensor, torch.device("cpu")), torch.tensor(tensor.float32())
+    assert len(stored) > 6
+    found = [gradients(Network(config, {**loaded, **some}, context=64, lora=lora), [packed]) for some in (stored, {})]
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from dapji.errors import UsageError
+from dapji.errors import ConfigError, ModelNotFound, UsageError
 from dapji.model import open_files
 from dapji.models.torch_executor import load_weights, sequence_logits
 from dapji.ops.torch import TorchTables
@@ -96,6 +96,24 @@ def test_an_adapter_loads_in_peft(tmp_path: Path) -> None:
     assert loss / count == pytest.approx(metrics[-1]["evaluation_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "stored"])
+def test_an_adapter_learns_on_a_smaller_base(tmp_path: Path, dtype: str) -> None:
+    """As on float32, whose weights are those of the file."""
+    table = "[lora]\nrank = 4"
+    losses = []
+    for name in ("float32", dtype):
+        recipe = read_recipe(tiny.write_recipe(tmp_path, table, RUN, name=name), changes={"run.dtype": name})
+        assert tune(recipe)
+        losses.append([line["loss"] for line in lines(tmp_path / name) if "loss" in line])
+    # bfloat16 has 8 bits, of activations in two layers too; what is stored in float32 is the same bits
+    assert losses[1] == pytest.approx(losses[0], rel=0.02 if dtype == "bfloat16" else 0)
+
+
+def test_all_weights_want_float32(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run.dtype is 'bfloat16', but weights are trained in float32"):
+        tune(read_recipe(tiny.write_recipe(tmp_path, RUN), changes={"run.dtype": "bfloat16"}))
+
+
 def start(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "dapji", "tune", str(recipe), *options],
@@ -138,14 +156,19 @@ def test_killed_at_any_step_and_resumed_is_uninterrupted(tmp_path: Path, tables:
         assert path.read_bytes() == (tmp_path / "run" / path.name).read_bytes()
 
 
-def test_an_interrupt_keeps_the_step_and_ends(tmp_path: Path) -> None:
-    recipe = read_recipe(tiny.write_recipe(tmp_path, RUN), changes={"run.save_every": "1000"})
+def interrupt_at(step: int) -> Callable[[Mapping[str, Any]], None]:
+    """As Ctrl-C while that step runs."""
 
     def interrupt(metrics: Mapping[str, Any]) -> None:
-        if metrics["step"] == 2:
+        if metrics["step"] == step:
             signal.raise_signal(signal.SIGINT)
 
-    assert not tune(recipe, report=interrupt)
+    return interrupt
+
+
+def test_an_interrupt_keeps_the_step_and_ends(tmp_path: Path) -> None:
+    recipe = read_recipe(tiny.write_recipe(tmp_path, RUN), changes={"run.save_every": "1000"})
+    assert not tune(recipe, report=interrupt_at(2))
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     planned: list[Planned] = []
@@ -156,16 +179,20 @@ def test_an_interrupt_keeps_the_step_and_ends(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
-    recipe = read_recipe(tiny.write_recipe(tmp_path, "[run]\nsteps = 1\nbatch = 1"))
-    assert tune(recipe)
-    with pytest.raises(UsageError, match="a finished run"):
-        tune(recipe, resume=True)
-    (tmp_path / "run" / "dapji.json").unlink()
+    path = tiny.write_recipe(tmp_path, "[run]\nsteps = 2\nbatch = 1")
+    recipe = read_recipe(path)
+    with pytest.raises(ModelNotFound):  # which leaves nothing that is in the way
+        tune(read_recipe(path, changes={"model": "no-such-model"}))
+    assert not tune(recipe, report=interrupt_at(1))
     with pytest.raises(UsageError, match="has not ended"):
         tune(recipe)
-    other = read_recipe(tmp_path / "run.toml", changes={"seed": "1"})
     with pytest.raises(UsageError, match="another recipe"):
-        tune(other, resume=True)
+        tune(read_recipe(path, changes={"seed": "1"}), resume=True)
+    assert tune(recipe, resume=True)
+    with pytest.raises(UsageError, match="a finished run"):
+        tune(recipe, resume=True)
+    with pytest.raises(UsageError, match="not an empty folder"):
+        tune(read_recipe(path, changes={"output": str(tmp_path)}))
 
 
 def test_recipes_are_strict(tmp_path: Path) -> None:

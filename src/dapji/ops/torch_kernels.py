@@ -8,6 +8,7 @@ taken. Knows no models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.T
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias: x [T, in], weight [out, in], bias [out]."""
-    if x.device.type != "cpu":
+Weight = Tensor | Callable[[], Tensor]
+"""[out, in]; or what makes it each time that it is multiplied by: it takes no memory meanwhile, and has no gradient."""
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: x [T, in], bias [out]."""
+    if isinstance(weight, Tensor) and x.device.type != "cpu":
         return F.linear(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return result if bias is None else result + bias
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def low_rank_linear(x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x @ weight.T + scale * (x @ a.T) @ b.T: a [rank, in], b [out, rank]. No gradient flows to the weight."""
     result: Tensor = _LowRankLinear.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
     return result
@@ -65,13 +70,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        _save(ctx, weight, x if ctx.needs_input_grad[1] else None)
+        made = _made(weight)
+        return product(x.to(made.dtype), made)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+        weight, x = _saved(ctx)
         return (
             product(grad, weight.T) if ctx.needs_input_grad[0] else None,
             product(grad.T, x.T) if ctx.needs_input_grad[1] else None,
@@ -80,16 +86,17 @@ class _Linear(Function):
 
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
         inner = product(x.to(a.dtype), a)  # [T, rank]
-        ctx.save_for_backward(x, weight, a, b, inner)
+        _save(ctx, weight, x, a, b, inner)
         ctx.scale = scale
-        y = product(x.to(weight.dtype), weight)
+        made = _made(weight)
+        y = product(x.to(made.dtype), made)
         return y.addmm_(inner.to(y.dtype), b.T.to(y.dtype), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, inner = ctx.saved_tensors
+        weight, x, a, b, inner = _saved(ctx)
         given = grad.to(b.dtype)
         to_inner = product(given, b.T).mul_(ctx.scale)  # [T, rank]
         to_x = None
@@ -99,6 +106,20 @@ class _LowRankLinear(Function):
         to_a = product(to_inner.T, x.to(a.dtype).T)
         to_b = product(given.T, inner.T).mul_(ctx.scale)
         return to_x, None, to_a, to_b, None
+
+
+def _made(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight()
+
+
+def _save(ctx: Any, weight: Weight, *tensors: Tensor | None) -> None:
+    ctx.weight = None if isinstance(weight, Tensor) else weight
+    ctx.save_for_backward(weight if isinstance(weight, Tensor) else None, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    weight, *tensors = ctx.saved_tensors
+    return (weight if ctx.weight is None else ctx.weight()), *tensors
 
 
 class _RmsNorm(Function):

@@ -81,7 +81,7 @@ class Checkpoints:
         if self._first:  # whose part of it ends when all ranks have written theirs
             partial.rename(whole)
             _sync_folder(self._folder)
-            for old in _whole(self._folder)[:-_KEPT]:
+            for old in whole_ones(self._folder)[:-_KEPT]:
                 shutil.rmtree(old)
 
     def wait(self) -> None:
@@ -92,7 +92,7 @@ class Checkpoints:
 
     def resume(self) -> Progress | None:
         """Loads the last checkpoint and says where the run stands; None where there is none. Raises FormatError."""
-        found = _whole(self._folder)
+        found = whole_ones(self._folder)
         if not found:
             return None
         try:
@@ -140,8 +140,8 @@ def _copied(state: Any) -> Any:
     return state.detach().clone() if isinstance(state, torch.Tensor) else state
 
 
-def _whole(folder: Path) -> list[Path]:
-    """In the order of their steps."""
+def whole_ones(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, in the order of their steps."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.suffix != _PARTIAL)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dapji.models.config import ModelConfig, weight_shapes
 from dapji.models.decoder import head_name, hidden_states
+from dapji.ops.tensor import Tensor as StoredTensor
 from dapji.ops.torch import TorchLowRank, TorchTables, UncachedTorchOps
-from dapji.ops.torch_kernels import low_rank_linear
+from dapji.ops.torch_kernels import linear, low_rank_linear
 from dapji.training.data.stream import Window
 from dapji.training.settings import LoraSettings
 
@@ -31,28 +33,41 @@ A, B = "_lora_a", "_lora_b"
 
 
 @dataclass(frozen=True, eq=False)
+class Stored:
+    """A matrix as its file has it, often quantised; dequantised each time that it is multiplied by."""
+
+    tensor: StoredTensor
+    device: torch.device
+
+    def __call__(self) -> Tensor:
+        return torch.from_numpy(np.require(self.tensor.float32(), requirements="W")).to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
 class _Adapted:
     """A weight and what is added to it."""
 
-    weight: Tensor
+    weight: Tensor | Stored
     pair: TorchLowRank
     dropout: float
     """Of the pair's input."""
 
 
 class _Ops(UncachedTorchOps):
-    def linear(self, x: Tensor, weight: Tensor | _Adapted, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor | Stored | _Adapted, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Stored):
+            return linear(x, weight, bias)
         if isinstance(weight, Tensor):
             return super().linear(x, weight, bias)
         pair = weight.pair
         if weight.dropout:
-            return super().linear(x, weight.weight, bias) + pair(F.dropout(x, weight.dropout)).to(x.dtype)
+            return self.linear(x, weight.weight, bias) + pair(F.dropout(x, weight.dropout)).to(x.dtype)
         y = low_rank_linear(x, weight.weight, pair.a, pair.b, pair.scale)
         return y if bias is None else y + bias
 
 
 class _Weights(Mapping[str, Any]):
-    """A network's parameters as they are now: sharded ones are whole only while their layer runs. A tensor, or what
+    """A network's weights as they are now: sharded ones are whole only while their layer runs. A tensor, or what
     `_Ops.linear` takes instead."""
 
     def __init__(self, network: Network) -> None:
@@ -61,10 +76,9 @@ class _Weights(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         path, _, leaf = name.rpartition(".")
         parameters = self._network.get_submodule(path)._parameters
-        if leaf not in parameters:
+        lora, weight = self._network.lora, self._network.stored.get(name, parameters.get(leaf))
+        if weight is None:
             raise KeyError(name)
-        lora, weight = self._network.lora, parameters[leaf]
-        assert weight is not None
         a, b = parameters.get(leaf + A), parameters.get(leaf + B)
         if lora is None or a is None or b is None:
             return weight
@@ -91,16 +105,16 @@ class Network(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | Stored],
         *,
         context: int,
         lora: LoraSettings | None = None,
         seed: int = 0,
         recompute: bool = False,
     ) -> None:
-        """weights: by canonical name, on one device. context: of the longest sequence. lora: train an adapter, whose
-        beginning `seed` decides; None: train all weights. recompute: keep of a layer only what it takes, and compute
-        the rest again for its gradients.
+        """weights: by canonical name, on one device; matrices that are not trained may stay stored. context: of the
+        longest sequence. lora: train an adapter, whose beginning `seed` decides; None: train all weights. recompute:
+        keep of a layer only what it takes, and compute the rest again for its gradients.
 
         Raises ConfigError where the adapter's targets are no weights of the model.
         """
@@ -109,14 +123,17 @@ class Network(nn.Module):
         self.lora = lora
         self.names = [name for name in weight_shapes(config) if not name.startswith("predictors.")]
         self._recompute = recompute
+        self.stored = {name: weight for name, weight in weights.items() if isinstance(weight, Stored)}
         for name in self.names:
-            self._register(name, nn.Parameter(weights[name], requires_grad=lora is None))
-        self.device = weights["embed"].device
+            weight = weights[name]
+            if isinstance(weight, Tensor):
+                self._register(name, nn.Parameter(weight, requires_grad=lora is None))
+        self.device = self.get_parameter("embed").device
         self._tables = TorchTables(context, self.device)
         if lora is not None:
             generator = torch.Generator().manual_seed(seed)
             for name in lora.chosen(config):
-                rows, cols = weights[name].shape
+                rows, cols = weight_shapes(config)[name]
                 bound = 1 / math.sqrt(cols)  # kaiming_uniform_ with a = sqrt(5), as a linear of torch begins
                 a = torch.empty(lora.rank, cols).uniform_(-bound, bound, generator=generator)
                 self._register(name + A, nn.Parameter(a.to(self.device)))

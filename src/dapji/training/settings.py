@@ -30,6 +30,11 @@ PEFT_NAMES = {
 """What people call the targets of adapters -> the ends of our names."""
 
 
+def layer_matrices(config: ModelConfig) -> list[str]:
+    """Canonical names of what adapters usually change: every matrix of the layers but routers."""
+    return [name for name in adaptable(config) if name.startswith("layers.") and not name.endswith(".router")]
+
+
 class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     train: Annotated[list[str], msgspec.Meta(min_length=1)]
     """Files of examples."""
@@ -63,7 +68,7 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def chosen(self, config: ModelConfig) -> list[str]:
         """Canonical names of the weights that change. Raises ConfigError where a target is none."""
-        possible = [name for name in adaptable(config) if name.startswith("layers.") and not name.endswith(".router")]
+        possible = layer_matrices(config)
         if not self.targets:
             return possible
         ends = {target: f".{PEFT_NAMES.get(target, target)}" for target in self.targets}
@@ -168,8 +173,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     recompute: bool = False
     """Less memory, a third more to compute."""
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights that are not trained, and of activations."""
+    dtype: Literal["float32", "bfloat16", "stored"] = "float32"
+    """Of weights that are not trained, and of activations. stored: the layers' matrices stay as the file has them, and
+    are dequantised to float32 for each product (as Dettmers et al. 2023, QLoRA)."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

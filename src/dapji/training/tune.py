@@ -13,21 +13,21 @@ import torch
 
 from dapji.errors import ConfigError, UsageError
 from dapji.model import Files, open_files
+from dapji.models.config import weight_shapes
 from dapji.models.torch_executor import find_device, load_weights
 from dapji.training import output
-from dapji.training.checkpoints import Checkpoints
+from dapji.training.checkpoints import Checkpoints, whole_ones
 from dapji.training.data.packing import fill
 from dapji.training.data.stream import Stream
 from dapji.training.methods import make_method, make_source
 from dapji.training.metrics import Metrics
-from dapji.training.network import Network
+from dapji.training.network import Network, Stored
 from dapji.training.run_data import RunData
-from dapji.training.settings import Recipe, RunSettings, write_recipe
+from dapji.training.settings import Recipe, RunSettings, layer_matrices, write_recipe
 from dapji.training.sharding import is_first, process_group, shard, together
 from dapji.training.trainer import Report, Trainer, make_optimizer
 
 RECIPE, METRICS, CHECKPOINTS, DATA = "recipe.toml", "metrics.jsonl", "checkpoints", "data"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,9 @@ class Planned:
     done: int
     """Steps of a run that goes on."""
     parameters: int
+    """Of the model."""
     trained: int
-    """Of the parameters."""
+    """Parameters of the model, or of an adapter beside them."""
     samples: int
     invalid: int
     """Rows that were left out."""
@@ -76,14 +77,15 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
     if (folder / output.RECORD).exists():
         raise UsageError(f"{folder}: a finished run", hint="give another output, or remove it")
     path = folder / RECIPE
-    if path.exists():
+    if not path.exists() and folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: not an empty folder", hint="give a new one")
+    if whole_ones(folder / CHECKPOINTS):
         if not resume:
             raise UsageError(f"{folder}: a run that has not ended", hint="--resume goes on with it; or remove it")
         if path.read_text(encoding="utf-8") != write_recipe(recipe):
             raise UsageError(f"{folder}: a run of another recipe", hint=f"compare with {path}")
-    elif folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder}: not an empty folder", hint="give a new one")
-    else:
+    else:  # a run that never began to learn, if any
+        shutil.rmtree(folder / DATA, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(write_recipe(recipe), encoding="utf-8")
 
@@ -100,21 +102,18 @@ def _run(
 ) -> bool:
     if recipe.lora is None and recipe.run.dtype != "float32":
         raise ConfigError(
-            f"run.dtype is {recipe.run.dtype}, but weights are trained in float32", hint="train an adapter ([lora])"
+            f"run.dtype is {recipe.run.dtype!r}, but weights are trained in float32", hint="train an adapter ([lora])"
         )
     data = RunData.read(recipe, files, folder / DATA)
-    used = {name: tensor for name, tensor in files.tensors.items() if not name.startswith("predictors.")}
     network = Network(
         files.config,
-        load_weights(used, device=device, dtype=_DTYPES[recipe.run.dtype]),
+        _weights(files, recipe.run.dtype, device),
         context=recipe.data.window,
         lora=recipe.lora,
         seed=recipe.seed,
         recompute=recipe.run.recompute,
     )
-    n_trained, n_parameters = (
-        sum(p.numel() for p in parameters) for parameters in (network.trained().values(), list(network.parameters()))
-    )
+    n_trained = sum(parameter.numel() for parameter in network.trained().values())
     shard(network)
     optimizer = make_optimizer(network, recipe.optimizer)
     train, evaluate = (
@@ -157,7 +156,7 @@ def _run(
                 Planned(
                     steps=trainer.steps,
                     done=done,
-                    parameters=n_parameters,
+                    parameters=sum(math.prod(weight_shapes(files.config)[name]) for name in network.names),
                     trained=n_trained,
                     samples=len(data.samples),
                     invalid=data.record["invalid"],
@@ -174,6 +173,16 @@ def _run(
         shutil.rmtree(folder / CHECKPOINTS)
     together()
     return True
+
+
+def _weights(files: Files, dtype: str, device: torch.device) -> dict[str, torch.Tensor | Stored]:
+    stored = layer_matrices(files.config) if dtype == "stored" else []
+    loaded = {name: files.tensors[name] for name in files.tensors.keys() - stored if not name.startswith("predictors.")}
+    kept = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return {
+        **load_weights(loaded, device=device, dtype=kept),
+        **{name: Stored(files.tensors[name], device) for name in stored},
+    }
 
 
 def _windows(stream: Stream, run: RunSettings) -> int:
