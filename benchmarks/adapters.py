@@ -5,7 +5,7 @@
     python benchmarks/adapters.py --draw                    measures nothing: the table from the results
 
 Adapters of that rank on every linear, random, in GGUF files that both programs read (float16). Streams are those of
-benchmarks/streams.py: prompts of their own, greedy answers of one length, rates by the program's own clock. The server
+benchmarks/streams.py: short prompts of their own, greedy answers of one length; prompts count in the time. The server
 takes part with the flags that are best without adapters. The rounds of the two and of the cases alternate; medians are
 compared. Results are kept in benchmarks/data/adapters.json, and written into docs/adapters.md from there.
 """
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from dapji.ops.tensor import Tensor
 from dapji.weights.adapter_file import open_adapter
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import write_gguf
-from streams import ANSWER, DEFAULT, PROMPT, SEARCHED_ANSWER, Results, Server, best_flags, prompts, total
+from streams import ANSWER, DEFAULT, PROMPT, SEARCHED_ANSWER, Results, Server, best_flags, prompts
 
 DATA = report.ROOT / "benchmarks" / "data" / "adapters.json"
 DOCUMENT = report.ROOT / "docs" / "adapters.md"
@@ -76,10 +77,11 @@ def write_adapter(model: Model, path: Path, rank: int, seed: int) -> Path:
 
 
 def run_dapji(model: Model, adapters: Sequence[Adapter], chosen: Sequence[int]) -> float:
-    """As streams.run_dapji."""
+    """Tokens of all answers per second, on an engine of its own, which finds nothing in its cache."""
     assert model.executor is not None
     with Engine(model.executor, vocab_size=model.tokenizer.vocab_size, speculate=False) as engine:
         numbers = [0, *map(engine.add_adapter, adapters)]
+        start = perf_counter()
         streams = [
             engine.generate(
                 Request(
@@ -92,19 +94,24 @@ def run_dapji(model: Model, adapters: Sequence[Adapter], chosen: Sequence[int]) 
             )
             for prompt, number in zip(prompts(model, len(chosen)), chosen, strict=True)
         ]
-        ends = [list(stream)[-1].finish for stream in streams]
+        n_tokens = sum(len(list(stream)) for stream in streams)
+        seconds = perf_counter() - start
         for number in numbers[1:]:
             engine.remove_adapter(number)
-    return total([end.tokens_per_second or 0.0 for end in ends if end is not None])
+    return n_tokens / seconds
 
 
 def run_peer(server: Server, texts: list[list[int]], chosen: Sequence[int], n_tokens: int) -> float:
-    def post(text: list[int], number: int) -> float:
-        scales = [{"id": i, "scale": float(i + 1 == number)} for i in range(N_ADAPTERS)]
-        return server.post(text, n_tokens, lora=scales)[0]
+    """The same, of the server: by the clock of its clients, since it computes one adapter's streams after another's."""
 
+    def post(text: list[int], number: int) -> None:
+        scales = [{"id": i, "scale": float(i + 1 == number)} for i in range(N_ADAPTERS)]
+        server.post(text, n_tokens, lora=scales)
+
+    start = perf_counter()
     with ThreadPoolExecutor(len(texts)) as pool:
-        return total(list(pool.map(post, texts, chosen)))
+        list(pool.map(post, texts, chosen))
+    return len(texts) * n_tokens / (perf_counter() - start)
 
 
 def measure(name: str, path: Path, threads: int, rank: int, rounds: int) -> Results:
