@@ -78,6 +78,32 @@ def test_many_who_ask_at_once_open_it_once(paths: list[Path]) -> None:
     asyncio.run(run())
 
 
+def test_models_that_are_opened_at_once_fit_together(paths: list[Path]) -> None:
+    go_on = threading.Event()
+
+    def load(path: Path) -> Any:
+        go_on.wait(10)
+        return Fake(path)
+
+    async def run() -> None:
+        models = Registry(paths, load=load, memory=250)
+
+        async def use(name: str) -> str:
+            async with models.use(name):
+                return is_open(models)
+
+        first = [asyncio.ensure_future(use(name)) for name in "ab"]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Problem, match=r"model 'c' \(100 bytes\) does not fit beside those in use \(200 bytes\)"):
+            await use("c")
+        go_on.set()
+        await asyncio.gather(*first)
+        assert is_open(models) == "ab"
+        assert len(await use("c")) == 2
+
+    asyncio.run(run())
+
+
 def test_who_gives_up_while_a_model_is_opened_leaves_it_to_others(paths: list[Path]) -> None:
     loaded: list[Fake] = []
     go_on = threading.Event()

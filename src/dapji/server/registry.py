@@ -87,6 +87,7 @@ class Registry:
             parent.children.append(served)
             self.models[named] = served
         self.stays = stays
+        self._coming: set[Served] = set()  # that are being opened
         self._load = load
         self._context = context
         self.memory = memory
@@ -141,8 +142,8 @@ class Registry:
             if served.model is None and served.parent is not None:
                 await self._open_adapter(served, served.parent)
             elif served.model is None:
-                self._make_room(served)
-                served.model = await asyncio.to_thread(self._load, served.path)
+                with self._making_room(served):
+                    served.model = await asyncio.to_thread(self._load, served.path)
                 served.memory = served.model.memory
             assert served.model is not None
             return served.model
@@ -151,8 +152,8 @@ class Registry:
         assert served.adapter is not None
         with self._used(parent):  # it stays open, whether or not somebody still waits
             model = await self._opened(parent)
-            self._make_room(served)
-            await asyncio.to_thread(model.load_adapter, served.adapter, served.path)
+            with self._making_room(served):
+                await asyncio.to_thread(model.load_adapter, served.adapter, served.path)
             served.model, served.memory = model, model.adapters[served.adapter].nbytes
 
     def find(self, name: str | None) -> Served:
@@ -166,12 +167,22 @@ class Registry:
             raise Problem.of(error)
         return self.models[name]
 
+    @contextmanager
+    def _making_room(self, wanted: Served) -> Iterator[None]:
+        """Around the opening of `wanted`: its memory counts from now on, also for others that are opened meanwhile."""
+        self._make_room(wanted)
+        self._coming.add(wanted)
+        try:
+            yield
+        finally:
+            self._coming.remove(wanted)
+
     def _make_room(self, wanted: Served) -> None:
         """Closes the least recently used models until `wanted` fits. Raises Problem where too many are in use."""
         while self.memory is not None:
             opened = [served for served in self.models.values() if served.model is not None]
-            taken = sum(served.memory for served in opened)
-            if taken + wanted.memory <= self.memory or not opened:
+            taken = sum(served.memory for served in {*opened, *self._coming})
+            if taken + wanted.memory <= self.memory or not taken:
                 return
             idle = [served for served in opened if served.users == 0]
             if not idle:
