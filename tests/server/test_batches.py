@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -109,6 +110,7 @@ def test_files_are_told_page_by_page(client: openai.OpenAI) -> None:
         ({"file": b"x"}, {}, 400, "missing required field `purpose`"),
         ({"file": b"x"}, {"purpose": "batch", "foo": "1"}, 400, "unknown field 'foo'"),
         ({"file": b"x"}, {"purpose": ["batch", "batch"]}, 400, "purpose stands twice"),
+        ({"file": b"x"}, {"purpose": "batch", "file[x]": "1"}, 400, "file: Expected `str`"),
         ({"other": b"x"}, {"purpose": "batch"}, 400, "file: the form has none"),
         ({"file": b"x"}, {"purpose": "batch", "expires_after[anchor]": "created_at"}, 400, "`seconds`"),
         ({"file": b"x" * 5000}, {"purpose": "batch"}, 413, "larger than this server's limit of 4096 bytes"),
@@ -292,6 +294,30 @@ def test_what_is_not_answered_in_time_expires(
         assert sorted(each["custom_id"] for each in output + errors) == sorted(["a", *(f"long {i}" for i in range(50))])
         assert {(error["response"], error["error"]["code"]) for error in errors} == {(None, "batch_expired")}
         assert output[0]["custom_id"] == "a"
+
+
+def test_a_batch_outlives_its_input(tmp_path: Path) -> None:
+    """A file that expires while a batch reads it stays until the batch has ended."""
+
+    async def run() -> None:
+        kept = store.BatchStore(tmp_path)
+        async with kept.writing() as (name, body):
+            body.write(line("a").encode())
+        await kept.add("", name, "batch", "in.jsonl", 3600)
+        batch = store.Batch(id="b", key="", endpoint=CHAT, input_file_id=name, created_at=0, status="in_progress")
+        await kept.create(batch, "batch")
+        await kept.answer("b", 1, {"custom_id": "a"}, ok=True)
+        with closing(sqlite3.connect(kept.path)) as db, db:
+            db.execute("UPDATE files SET expires_at = 1")
+        await kept.sweep()
+        batch = await kept.finish(batch, "completed", unanswered=None, most_bytes=1000)
+        assert batch.output_file_id is not None
+        assert kept.body(batch.output_file_id).read_bytes() == b'{"custom_id":"a"}\n'
+        await kept.sweep()
+        assert not kept.body(name).exists()
+        kept.close()
+
+    asyncio.run(run())
 
 
 def test_what_belongs_to_a_key_is_found_by_no_other(start_server: Start, keys: Keys) -> None:

@@ -262,9 +262,9 @@ class BatchStore:
 
         def work(db: sqlite3.Connection) -> Batch:
             (ended,) = _batches(db, "id = ?", (batch.id,))
-            purpose: Purpose = "batch_output"
-            if self._file(db, batch.key, batch.input_file_id).purpose == "messages":
-                purpose = "messages"
+            # Also of an input that has expired meanwhile.
+            (asked,) = db.execute("SELECT purpose FROM files WHERE id = ?", (batch.input_file_id,)).fetchone()
+            purpose: Purpose = "messages" if asked == "messages" else "batch_output"
             if output is not None:
                 ended.output_file_id = output
                 self._add(db, batch.key, output, purpose, f"{batch.id}_output.jsonl", batch.output_seconds)

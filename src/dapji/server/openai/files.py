@@ -49,7 +49,7 @@ async def create(request: Request) -> Response:
     store = _store(request)
     async with store.writing() as (name, body):
         fields, filename = await read_form(request, body, limit=service.settings.max_file)
-        asked, _ = convert(_nested(fields) | {"file": filename}, Uploaded, strict=False)
+        asked, _ = convert({"file": filename} | _nested(fields), Uploaded, strict=False)
     seconds = None if asked.expires_after is None else asked.expires_after.seconds
     return json_response(_told(await store.add(key_of(request), name, asked.purpose, filename, seconds)))
 
