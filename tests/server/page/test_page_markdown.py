@@ -170,3 +170,17 @@ def test_finished_blocks_come_once() -> None:
     assert growing.update() == ("<p>one</p>\n", "<p>two is longer</p>\n")
     growing.text += "\nthree"
     assert growing.update().finished == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("make\n" + "a" * 10_000, id="the square of its length"),
+        pytest.param("python\n" + "x = 1\n" * 2_000, id="long"),
+    ],
+)
+def test_code_that_takes_a_lexer_too_long_stays_plain(text: str) -> None:
+    shown = render(f"```{text}\n```")
+    assert "<span" not in shown
+    assert text.partition("\n")[2] in shown
+    assert "<span" in render("```python\nx = 1\n```")

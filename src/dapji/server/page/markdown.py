@@ -7,25 +7,31 @@ talked into writing anything. Code is highlighted by classes, since the page all
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from html import escape
-from typing import Any, NamedTuple
+from time import thread_time
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
-from pygments import highlight
+from pygments import format as formatted
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+T = TypeVar("T")
+
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 _SCHEMES = ("https", "http", "mailto")
-_LONGEST = 50_000
+_LONGEST = 10_000
 """Characters of a block of code that are still highlighted: it takes about a millisecond for a thousand."""
+_PATIENCE = 0.5
+"""Seconds of processor time, after which a block stays plain: some texts take many lexers the square of their length.
+"""
 
 
 def render(text: str) -> str:
@@ -119,9 +125,19 @@ def _code(
     language = (tokens[index].info.split() or [""])[0]
     shown = escape(code)
     if language and len(code) <= _LONGEST:
-        with suppress(ClassNotFound):
-            shown = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), _FORMATTER)
+        with suppress(ClassNotFound, TimeoutError):
+            lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+            shown = formatted(_in_time(lexer.get_tokens(code)), _FORMATTER)
     return f'<div class="code" data-language="{escape(language, quote=True)}"><pre><code>{shown}</code></pre></div>\n'
+
+
+def _in_time(tokens: Iterable[T]) -> Iterator[T]:
+    """Raises TimeoutError."""
+    end = thread_time() + _PATIENCE
+    for token in tokens:
+        if thread_time() > end:
+            raise TimeoutError
+        yield token
 
 
 def _cell(
