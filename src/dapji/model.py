@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dapji.chat.formats import ANY_TOOL, Content, Event, Parser, Reasoning, ToolCall, ToolChoice
 from dapji.engine import BaseEngine, Engine, Finish, Logprobs, Output, Request, Sampling, StopStrings
-from dapji.errors import ConfigError, DapjiError, RequestError, TokenizerError, UsageError
+from dapji.errors import ConfigError, DapjiError, RequestError, TemplateError, TokenizerError, UsageError
 from dapji.models import families
 from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig, Pooling
@@ -46,6 +46,8 @@ DEFAULT_CONTEXT = 8192
 CHAT_SAMPLING: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.9}
 """For models whose files do not say how to draw."""
 
+_ARGUMENTS = ("self", "messages", "tools", "name", "add_generation_prompt")
+"""Of `ChatTemplate.render`, which are no variables."""
 _PROBE = "def f(x): return 3.14159  # 안녕, été\n"
 """A text that hardly two vocabularies cut alike."""
 _PENALTY = "repetition_penalty"
@@ -368,8 +370,11 @@ class Model:
         **options: Any,
     ) -> Prepared:
         """All of `chat` but its answer: for `AsyncReply`."""
+        given = dict(variables or {})
+        if reserved := sorted(given.keys() & _ARGUMENTS):
+            raise TemplateError(f"{reserved[0]!r} is no variable of a template's, but an argument of its own")
         chosen = {} if thinking is None else self.template.reasoning(thinking, tools=tools)
-        rendered = self.template.render(messages, tools=tools, **chosen | dict(variables or {}))
+        rendered = self.template.render(messages, tools=tools, **chosen | given)
         parser, answer = self.template.answer(rendered, tools=tools, choice=tool_choice, content=grammar)
         return self._prepare(self.template.encode(rendered), {**options, "grammar": answer}, parser, continuation=False)
 

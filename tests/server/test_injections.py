@@ -137,6 +137,36 @@ def test_a_clients_variables_do_not_become_a_template(server: Running) -> None:
             assert answer.status_code == 400, answer.text
 
 
+@pytest.mark.parametrize("name", ["self", "messages", "tools", "name", "add_generation_prompt"])
+def test_a_clients_variables_replace_no_argument(server: Running, name: str) -> None:
+    asked = {"model": "answer", "messages": HELLO, "chat_template_kwargs": {name: "x"}}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert answer.status_code == 400, answer.text
+    assert f"'{name}' is no variable" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("온도", "%EC%98%A8%EB%8F%84"), ("a\r\nX-Evil: 1", "a%0D%0AX-Evil%3A%201"), ("a\0, `b`", "a%00%2C%20%60b%60")],
+)
+def test_a_name_that_is_ignored_becomes_no_header_of_its_own(server: Running, name: str, told: str) -> None:
+    asked = {"model": "answer", "messages": HELLO, "max_tokens": 1, name: 1}
+    headers = {"Dapji-Unknown-Fields": "ignore"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["dapji-ignored-fields"] == told
+    assert "x-evil" not in answer.headers
+
+
+@pytest.mark.parametrize("names", [[f"x{i}" for i in range(101)], ["x" * 201]])
+def test_not_any_number_of_fields_is_ignored(server: Running, names: list[str]) -> None:
+    asked = {"model": "answer", "messages": HELLO, **dict.fromkeys(names, 1)}
+    headers = {"Dapji-Unknown-Fields": "ignore"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert "more than 100 unknown fields" in answer.text
+
+
 @pytest.mark.parametrize(
     "head",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from dapji import __version__
 from dapji.chat.formats import Content, Event, ToolCall
 from dapji.errors import UnavailableError
 from dapji.model import AsyncReply, load
+from dapji.server import wire
 from dapji.server.keys import Keys
 from dapji.server.ollama.models import _digest
 from dapji.server.registry import Registry
@@ -329,6 +331,24 @@ def test_what_is_wrong_with_a_prompt_is_named(server: Running, change: dict[str,
     answer = httpx.post(f"{server.url}/api/generate", json={"model": "answer", "prompt": "안녕", **change})
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]
+
+
+def test_a_slow_stream_says_that_it_lives(
+    client: ollama.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = AsyncReply.events
+
+    async def slow(reply: AsyncReply) -> AsyncIterator[Event]:
+        await asyncio.sleep(0.2)
+        async for event in events(reply):
+            yield event
+
+    monkeypatch.setattr(AsyncReply, "events", slow)
+    monkeypatch.setattr(wire, "KEEP_ALIVE", 0.05)
+    parts = list(client.chat("answer", HELLO, stream=True, options={"temperature": 0}))
+    assert (parts[0].message.content, parts[0].done) == ("", False)
+    assert "".join(part.message.content or "" for part in parts) == ANSWER
+    assert [part.done for part in parts].index(True) == len(parts) - 1
 
 
 def test_what_fails_under_way_ends_the_stream_with_an_error(

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import openai
 import pytest
 from server_running import Running, Start
 
+from dapji.server.settings import Settings
 from tiny import ANSWER
 
 HELLO: list[Any] = [{"role": "user", "content": "안녕"}]
@@ -180,6 +182,22 @@ def test_unknown_fields_may_be_ignored_by_a_header_and_are_told(client: openai.O
     assert raw.headers["Dapji-Ignored-Fields"] in ("foo, stream_options.bar", "stream_options.bar, foo")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/api/show", {"model": "answer"}),
+        ("/page/conversations", {}),
+        ("/v1/messages/batches", {"requests": [{"custom_id": "a", "params": {"model": "answer"}}]}),
+    ],
+)
+def test_every_route_tells_what_it_has_ignored(server: Running, path: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(f"{server.url}{path}", json=body | {"foo": 1}, headers={"Dapji-Unknown-Fields": "ignore"})
+    assert answer.is_success, answer.text
+    assert answer.headers["dapji-ignored-fields"] == "foo"
+
+
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here"):
         client.chat.completions.create(model="gpt-5", messages=HELLO)
@@ -191,6 +209,7 @@ def test_models_are_listed_with_their_limits(client: openai.OpenAI) -> None:
     limits = client.models.retrieve("answer").model_extra
     assert limits is not None
     assert limits["limits"]["context"] == 512
+    assert (limits["limits"]["receive_timeout_seconds"], limits["limits"]["timeout_seconds"]) == (60, None)
 
 
 def test_a_client_that_goes_away_ends_its_answer(start_server: Start) -> None:
@@ -209,6 +228,23 @@ def test_a_client_that_goes_away_ends_its_answer(start_server: Start) -> None:
     wait_until(lambda: server.service.gate.running == 0)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json={**asked, "stream": False}, timeout=0.1)
+    wait_until(lambda: server.service.gate.running == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_before_its_turn_gives_up_its_place(
+    start_server: Start, tmp_path: Path, stream: bool
+) -> None:
+    server = start_server(Settings(folder=tmp_path, max_running=1), context=4096)
+    asked = {"model": "endless", "messages": HELLO, "temperature": 10, "logit_bias": {"0": -100, "2": -100}}
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=asked | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=asked | {"stream": stream}, timeout=0.1)
+        wait_until(lambda: server.service.gate.waiting == 0)
+        assert server.service.gate.running == 1
     wait_until(lambda: server.service.gate.running == 0)
 
 

@@ -28,7 +28,6 @@ _SWITCHES = ("enable_thinking", "thinking")
 """Variables that turn reasoning on and off. Some templates read both."""
 _EFFORT = "reasoning_effort"
 """The variable that says how much to reason: low, medium or high."""
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 class ChatTemplate:
@@ -71,9 +70,6 @@ class ChatTemplate:
         variables: further values for the template, such as enable_thinking.
         Raises TemplateError where there is no such template, a value is none of JSON's, or rendering fails.
         """
-        for reserved in _RESERVED:
-            if reserved in variables:
-                raise TemplateError(f"{reserved!r} is an argument of its own, not a variable")
         if not messages:
             raise TemplateError("a conversation needs at least one message")
         values: dict[str, Any] = {

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, Literal
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -32,8 +33,8 @@ def identifier(kind: str, separator: str = "-") -> str:
 
 
 def ignored_fields(names: list[str]) -> dict[str, str]:
-    """The header that tells what of a request was left out, if anything was."""
-    return {"Dapji-Ignored-Fields": ", ".join(names)} if names else {}
+    """The header that tells what of a request was left out, if anything was; percent-encoded what no header holds."""
+    return {"Dapji-Ignored-Fields": ", ".join(quote(name, safe="[]") for name in names)} if names else {}
 
 
 def template_call(name: str, arguments: Mapping[str, Any], id: str | None = None) -> JsonObject:
@@ -114,13 +115,15 @@ async def answered_whole(
 
 
 async def answered_in_parts(
+    request: Request,
     answers: AbstractAsyncContextManager[Answers],
     parts: Callable[[Answers], AsyncIterator[bytes]],
     stream: Callable[[AsyncIterator[bytes], AsyncExitStack, dict[str, str]], Streamed],
     headers: dict[str, str],
 ) -> Response:
-    """stream: `event_stream` or `line_stream`. What is wrong with the request is raised before the first byte."""
+    """stream: `event_stream` or `line_stream`. What is wrong with the request is raised before the first byte, and a
+    client that goes away before its turn gives up its place."""
     async with AsyncExitStack() as stack:
-        opened = await stack.enter_async_context(answers)
+        opened = await while_connected(request, asyncio.ensure_future(stack.enter_async_context(answers)))
         return stream(parts(opened), stack.pop_all(), headers)
     raise AssertionError("the stack lets every exception pass")

@@ -61,14 +61,16 @@ def create_app(registry: Registry, settings: Settings, *, keys: Keys | None = No
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         running = [asyncio.create_task(each.run()) for each in (runner, history)]
-        yield
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        registry.close()
-        kept.close()
-        conversations.close()
-        batches.close()
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            registry.close()
+            kept.close()
+            conversations.close()
+            batches.close()
 
     app = Starlette(
         routes=routes,

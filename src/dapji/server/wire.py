@@ -22,8 +22,12 @@ R = TypeVar("R", bound=Callable[..., Any])
 
 KEEP_ALIVE = 10.0
 """Seconds without an event after which a stream says that it lives, so that no proxy ends it."""
+MOST_IGNORED = 100
+"""Unknown fields that are left out of one request: each is found by reading the request again."""
+_LONGEST_IGNORED = 200
+"""Characters of such a field's path, since a header tells it."""
 _READS = "_reads"
-_UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<where>.*)`)?$")
+_UNKNOWN = re.compile(r"(?s)unknown field `(?P<field>.*?)`(?: - at `\$\.?(?P<where>.*)`)?\Z")
 _PLACE = re.compile(r" - at `\$\.?(?P<where>.*)`$")
 
 
@@ -74,8 +78,9 @@ async def read(
         raise Problem("invalid_request", f"the body is not JSON: {error}") from None
     if prepare is not None:
         prepare(value)
-    lenient = request.headers.get("dapji-unknown-fields") == "ignore"
-    return convert(value, type, lenient=lenient)
+    if request.headers.get("dapji-unknown-fields") == "ignore":
+        return await asyncio.to_thread(convert, value, type, lenient=True)  # reads it as often as there are such fields
+    return convert(value, type)
 
 
 def read_query(request: Request, type: type[T]) -> T:
@@ -105,6 +110,9 @@ def convert(value: Any, type: type[T], *, lenient: bool = False, strict: bool = 
                     path,
                     code="unknown_field",
                 ) from None
+            if len(left_out) == MOST_IGNORED or len(path) > _LONGEST_IGNORED:
+                told = f"more than {MOST_IGNORED} unknown fields, or one of more than {_LONGEST_IGNORED} characters"
+                raise Problem("invalid_request", f"{told}, are not ignored: leave them out") from None
             _drop(value, unknown["where"] or "", unknown["field"])
             left_out.append(path)
 
@@ -145,9 +153,9 @@ def event_stream(
     return Streamed(_alive(parts, sign), stack, media_type="text/event-stream", headers=kept)
 
 
-def line_stream(parts: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]) -> Streamed:
-    """Lines of JSON."""
-    return Streamed(parts, stack, media_type="application/x-ndjson", headers=headers)
+def line_stream(parts: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str], sign: bytes) -> Streamed:
+    """Lines of JSON. sign: what says that the stream lives, a line that adds nothing."""
+    return Streamed(_alive(parts, sign), stack, media_type="application/x-ndjson", headers=headers)
 
 
 async def merged(parts: Sequence[AsyncIterator[E]]) -> AsyncIterator[tuple[int, E]]:

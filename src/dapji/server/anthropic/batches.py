@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from dapji.server.answering import JsonObject, identifier, key_of
+from dapji.server.answering import JsonObject, identifier, ignored_fields, key_of
 from dapji.server.batches.runner import BatchRunner
 from dapji.server.batches.store import ACTIVE, Batch, BatchStore
 from dapji.server.problem import Problem
@@ -51,7 +51,7 @@ class Page(Beta):
 async def create(request: Request) -> Response:
     """Takes requests, to answer them when others leave room."""
     service: Service = request.app.state.service
-    asked, _ = await read(request, Asked, limit=service.settings.max_body)
+    asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     if len(asked.requests) > service.settings.max_batch:
         told = f"{len(asked.requests)} requests are more than this server's limit of {service.settings.max_batch}"
         raise Problem("invalid_request", told, "requests")
@@ -71,7 +71,7 @@ async def create(request: Request) -> Response:
     )
     await store.create(batch, "messages")
     _runner(request).look()
-    return json_response(_told(request, batch))
+    return json_response(_told(request, batch), headers=ignored_fields(left_out))
 
 
 @Reads(query=Page)

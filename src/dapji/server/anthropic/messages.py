@@ -50,7 +50,7 @@ async def create(request: Request) -> Response:
     answers = service.chat(key_of(request), asked.model, messages_of(asked), **options_of(asked))
     headers = ignored_fields(left_out)
     if asked.stream:
-        return await answered_in_parts(answers, _streamed, partial(event_stream, sign=_PING), headers)
+        return await answered_in_parts(request, answers, _streamed, partial(event_stream, sign=_PING), headers)
     return await answered_whole(request, answers, _whole, headers)
 
 

@@ -100,7 +100,9 @@ async def _answer(
         return json_response(told | {"done": True, "done_reason": "unload" if unload else "load"}, headers=headers)
     checked = _with_context(answers, (asked.options and asked.options.num_ctx) or 0)
     if asked.stream:
-        return await answered_in_parts(checked, partial(_streamed, asked, piece, started), line_stream, headers)
+        sign = _line(_head(served.name) | piece("", "", []) | {"done": False})
+        stream = partial(line_stream, sign=sign)
+        return await answered_in_parts(request, checked, partial(_streamed, asked, piece, started), stream, headers)
     return await answered_whole(request, checked, partial(_whole, asked, piece, started), headers)
 
 

@@ -15,7 +15,7 @@ from dapji import __version__
 from dapji.chat.formats import AnswerFormat
 from dapji.model import Files, open_files
 from dapji.models.size import parameters
-from dapji.server.answering import JsonObject
+from dapji.server.answering import JsonObject, ignored_fields
 from dapji.server.registry import Served
 from dapji.server.service import Service
 from dapji.server.wire import Reads, Strict, json_response, read
@@ -53,9 +53,9 @@ async def ps(request: Request) -> Response:
 async def show(request: Request) -> Response:
     """Reads of a model's files what describes it, and no weights."""
     service: Service = request.app.state.service
-    asked, _ = await read(request, AskedModel, limit=service.settings.max_body)
+    asked, left_out = await read(request, AskedModel, limit=service.settings.max_body)
     served = service.registry.find(asked.model or asked.name)
-    return json_response(await asyncio.to_thread(_shown, served))
+    return json_response(await asyncio.to_thread(_shown, served), headers=ignored_fields(left_out))
 
 
 async def version(request: Request) -> Response:

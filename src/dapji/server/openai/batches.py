@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from dapji.server.answering import JsonObject, identifier, key_of
+from dapji.server.answering import JsonObject, identifier, ignored_fields, key_of
 from dapji.server.batches.runner import BatchRunner
 from dapji.server.batches.store import Batch, BatchStore, Status
 from dapji.server.openai.files import ExpiresAfter, page_of
@@ -50,7 +50,7 @@ class Page(Strict):
 async def create(request: Request) -> Response:
     """Takes the requests of a file, to answer them when others leave room."""
     service: Service = request.app.state.service
-    asked, _ = await read(request, Asked, limit=service.settings.max_body)
+    asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     served = {route.path for route in request.app.routes if isinstance(route, Route)}
     endpoints = [endpoint for endpoint in ENDPOINTS if endpoint in served]
     if asked.endpoint not in endpoints:
@@ -67,7 +67,7 @@ async def create(request: Request) -> Response:
     )
     await _store(request).create(batch, "batch")
     _runner(request).look()
-    return json_response(_told(batch))
+    return json_response(_told(batch), headers=ignored_fields(left_out))
 
 
 @Reads(query=Page)

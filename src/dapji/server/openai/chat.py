@@ -181,7 +181,7 @@ async def create(request: Request) -> Response:
     answers = service.chat(key_of(request), asked.model, messages, n=asked.n, **options)
     headers = ignored_fields(left_out)
     if asked.stream:
-        return await answered_in_parts(answers, partial(_streamed, asked), event_stream, headers)
+        return await answered_in_parts(request, answers, partial(_streamed, asked), event_stream, headers)
     return await answered_whole(request, answers, partial(_whole, asked), headers)
 
 

@@ -29,7 +29,7 @@ class Drawn(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 Effort = Literal["none", "low", "medium", "high"]

@@ -80,7 +80,7 @@ async def create(request: Request) -> Response:
         return await _scored(service, asked, echoes, headers)
     answers = service.complete(key, asked.model, *prompts, n=asked.n, **options)
     if asked.stream:
-        return await answered_in_parts(answers, partial(_streamed, asked, echoes), event_stream, headers)
+        return await answered_in_parts(request, answers, partial(_streamed, asked, echoes), event_stream, headers)
     return await answered_whole(request, answers, partial(_whole, asked, echoes), headers)
 
 

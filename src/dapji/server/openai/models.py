@@ -36,6 +36,8 @@ async def _described(served: Served, service: Service) -> dict[str, Any]:
         "max_top_logprobs": settings.max_top,
         "max_running": settings.max_running,
         "max_waiting": settings.max_waiting,
+        "receive_timeout_seconds": settings.receive_timeout,
+        "timeout_seconds": settings.timeout,
         "context": await service.registry.context_of(served),
     }
     return {

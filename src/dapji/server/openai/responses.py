@@ -69,7 +69,7 @@ class TextConfig(Strict):
 
 
 class StreamOptions(Strict):
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ReasoningConfig(Strict):
@@ -117,7 +117,7 @@ async def create(request: Request) -> Response:
     keep = _Keep(store if asked.store is not False else None, key, items)
     headers = ignored_fields(left_out)
     if asked.stream:
-        return await answered_in_parts(answers, partial(_streamed, asked, keep), event_stream, headers)
+        return await answered_in_parts(request, answers, partial(_streamed, asked, keep), event_stream, headers)
     return await answered_whole(request, answers, partial(_whole, asked, keep), headers)
 
 

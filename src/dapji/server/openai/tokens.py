@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dapji.server.answering import ignored_fields
 from dapji.server.openai.chat import Message, message_of
 from dapji.server.problem import Problem
 from dapji.server.service import Service
@@ -33,7 +34,7 @@ class Tokens(Strict):
 async def tokenize(request: Request) -> Response:
     """The tokens that a text or a conversation is to a model."""
     service: Service = request.app.state.service
-    asked, _ = await read(request, Text, limit=service.settings.max_body)
+    asked, left_out = await read(request, Text, limit=service.settings.max_body)
     if (asked.prompt is None) == (asked.messages is None):
         raise Problem("invalid_request", "give either prompt or messages", "prompt")
     async with service.opened(asked.model) as (name, model):
@@ -47,14 +48,18 @@ async def tokenize(request: Request) -> Response:
 
         tokens = await asyncio.to_thread(encode)
         body: dict[str, Any] = {"model": name, "tokens": tokens, "count": len(tokens)}
-        return json_response(body | {"max_model_len": model.engine.context})
+        return json_response(body | {"max_model_len": model.engine.context}, headers=ignored_fields(left_out))
 
 
 @Reads(body=Tokens)
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     service: Service = request.app.state.service
-    asked, _ = await read(request, Tokens, limit=service.settings.max_body)
+    asked, left_out = await read(request, Tokens, limit=service.settings.max_body)
     async with service.opened(asked.model) as (name, model):
-        text = b"".join(model.tokenizer.token_bytes(token) for token in asked.tokens)
-        return json_response({"model": name, "prompt": text.decode("utf-8", errors="replace")})
+
+        def decode() -> str:
+            return b"".join(map(model.tokenizer.token_bytes, asked.tokens)).decode("utf-8", errors="replace")
+
+        body = {"model": name, "prompt": await asyncio.to_thread(decode)}
+        return json_response(body, headers=ignored_fields(left_out))

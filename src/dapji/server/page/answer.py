@@ -16,7 +16,7 @@ from starlette.responses import Response
 from dapji.chat.formats import Content, Reasoning, ToolCall
 from dapji.errors import DapjiError
 from dapji.model import AsyncReply
-from dapji.server.answering import JsonObject, answered_in_parts, key_of, template_tool
+from dapji.server.answering import JsonObject, answered_in_parts, ignored_fields, key_of, template_tool
 from dapji.server.page.conversations import (
     Call,
     Conversation,
@@ -48,7 +48,7 @@ async def create(request: Request) -> Response:
     """Answers a turn, with the conversation's model and settings, as a stream of events."""
     service: Service = request.app.state.service
     store: ConversationStore = request.app.state.conversations
-    asked, _ = await read(request, Asked, limit=service.settings.max_body)
+    asked, left_out = await read(request, Asked, limit=service.settings.max_body)
     key, name = key_of(request), request.path_params["id"]
     conversation = await store.get(key, name)
     branch = conversation.branch(asked.parent)
@@ -62,7 +62,7 @@ async def create(request: Request) -> Response:
     )
     writing = _Writing(store, key, conversation, asked.parent)
     kept = _kept(answers, writing, request.app.state.writing)
-    return await answered_in_parts(kept, writing.events, event_stream, {})
+    return await answered_in_parts(request, kept, writing.events, event_stream, ignored_fields(left_out))
 
 
 def _options(settings: Settings) -> JsonObject:
@@ -171,8 +171,9 @@ class _Writing:
         )
         values: dict[str, Any] = {"content": reply.text, "reasoning": reply.reasoning, "calls": calls, "usage": usage}
         values |= {"model": opened.name, "finish": end, "error": error, "created": time.time()}
-        return await self._store.add(
-            self._key, self.name, partial(Turn, parent=self.parent, role="assistant", **values)
+        # Whoever goes away at this moment does not take it along.
+        return await asyncio.shield(
+            self._store.add(self._key, self.name, partial(Turn, parent=self.parent, role="assistant", **values))
         )
 
     async def _blocks(self, reply: AsyncReply) -> bytes:

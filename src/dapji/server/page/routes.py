@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from dapji.errors import TemplateError
 from dapji.model import Model
-from dapji.server.answering import JsonObject, key_of
+from dapji.server.answering import JsonObject, ignored_fields, key_of
 from dapji.server.page import answer, exported, site, status
 from dapji.server.page.answer import told, under_way
 from dapji.server.page.conversations import Change, ConversationStore, File, Number, Settings, Turn
@@ -62,8 +62,9 @@ async def index(request: Request) -> Response:
 @Reads(body=Began)
 async def create(request: Request) -> Response:
     """Begins a conversation."""
-    asked, _ = await read(request, Began, limit=_limit(request))
-    return json_response(await _store(request).create(key_of(request), asked.settings), status=201)
+    asked, left_out = await read(request, Began, limit=_limit(request))
+    made = await _store(request).create(key_of(request), asked.settings)
+    return json_response(made, status=201, headers=ignored_fields(left_out))
 
 
 @Reads(query=NoQuery)
@@ -84,9 +85,9 @@ async def show(request: Request) -> Response:
 @Reads(body=Change)
 async def change(request: Request) -> Response:
     """Renames a conversation, sets how it is answered, or chooses its branch."""
-    asked, _ = await read(request, Change, limit=_limit(request))
+    asked, left_out = await read(request, Change, limit=_limit(request))
     await _store(request).change(key_of(request), request.path_params["id"], asked)
-    return json_response({})
+    return json_response({}, headers=ignored_fields(left_out))
 
 
 @Reads(query=NoQuery)
@@ -100,13 +101,13 @@ async def delete(request: Request) -> Response:
 @Reads(body=Said)
 async def say(request: Request) -> Response:
     """Adds a user's turn, which is on disk when this is answered."""
-    asked, _ = await read(request, Said, limit=_limit(request))
+    asked, left_out = await read(request, Said, limit=_limit(request))
     if not asked.content.strip() and not asked.files:
         raise Problem("invalid_request", "content: a turn needs a text or a file", "content")
 
     turn = partial(Turn, role="user", created=time.time(), **msgspec.structs.asdict(asked))
     added = await _store(request).add(key_of(request), request.path_params["id"], turn)
-    return json_response(told(added), status=201)
+    return json_response(told(added), status=201, headers=ignored_fields(left_out))
 
 
 @Reads(query=exported.Query)
@@ -126,8 +127,9 @@ async def export(request: Request) -> Response:
 @Reads(body=exported.Exported)
 async def import_(request: Request) -> Response:
     """Makes a conversation of an exported file, or of messages as OpenAI's API has them."""
-    asked, _ = await read(request, exported.Exported, limit=_limit(request))
-    return json_response(await _store(request).create(key_of(request), **exported.imported(asked)), status=201)
+    asked, left_out = await read(request, exported.Exported, limit=_limit(request))
+    made = await _store(request).create(key_of(request), **exported.imported(asked))
+    return json_response(made, status=201, headers=ignored_fields(left_out))
 
 
 @Reads(query=NoQuery)
