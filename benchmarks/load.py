@@ -47,7 +47,7 @@ PROMPT = 96
 """Tokens of the longest question; the shortest has a sixth."""
 SLOT = 512
 """Tokens that llama-server keeps for a stream: its conversation fits, chat template included."""
-SETTLING = 30.0
+SETTLING = 20.0
 """Seconds of load before tokens count."""
 PREFIX = 2000
 TEXT = report.ROOT / "benchmarks" / "data" / "shakespeare.txt"
@@ -205,7 +205,7 @@ async def load(server: Running, questions: Questions, n: int, seconds: float, se
         "answers": len(answers),
         "errors": errors,
         "rate": tokens / seconds,
-        "first": [firsts[int(len(firsts) * share)] for share in (0.5, 0.95)] + firsts[-1:],
+        "first": [firsts[int((len(firsts) - 1) * share)] for share in (0.5, 0.95, 1) if firsts],
         "longest_pause": max(pauses),
         "memory": memory,
         "texts": {i: answer.text for i, answer in answers.items()},
@@ -247,7 +247,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> Iterator[None]:
         return measured
 
     tried = {
-        flags: under_load(f"llama-server {named(flags)}", llama_server(path, threads, n, flags), 15, 10)["rate"]
+        flags: under_load(f"llama-server {named(flags)}", llama_server(path, threads, n, flags), 10, 6)["rate"]
         for flags in product((1, 0), repeat=3)
     }
     best = max(tried, key=lambda flags: tried[flags])
