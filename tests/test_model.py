@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 from collections.abc import Iterator
@@ -19,7 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dapji
 from dapji.engine import Request, Sampling
-from dapji.errors import ConfigError, ContextError, ModelNotFound, RequestError, TemplateError, TokenizerError
+from dapji.errors import (
+    ConfigError,
+    ContextError,
+    ModelNotFound,
+    RequestError,
+    TemplateError,
+    TokenizerError,
+    UsageError,
+)
 from dapji.model import CHAT_SAMPLING, Model, open_files
 from dapji.models.size import cached_bytes
 from dapji.ops.batch import KV_BLOCK
@@ -444,3 +453,23 @@ def test_the_cache_takes_the_memory_given_and_at_least_one_conversation(path: Pa
         with dapji.load(path, executor="reference", context=100, kv_memory=given_memory) as model:
             assert model.executor.n_blocks == expected
             assert model.engine.context == one.engine.context
+
+
+@pytest.mark.parametrize("max_running", [1, 2])
+def test_as_many_requests_run_at_once_as_is_said(path: Path, max_running: int) -> None:
+    ended: list[int] = []
+
+    async def read(n: int, model: Model) -> None:
+        async for _ in model.engine.agenerate(Request(prompt=[5, n], max_tokens=n, ignore_eos=True)):
+            pass
+        ended.append(n)
+
+    async def run() -> None:
+        options: Any = {"executor": "reference", "kv_memory": 1 << 22, "max_running": max_running}
+        with dapji.load(path, **options) as model:
+            await asyncio.gather(read(200, model), read(3, model))
+
+    asyncio.run(run())
+    assert ended == ([200, 3] if max_running == 1 else [3, 200])
+    with pytest.raises(UsageError, match=r"max_running \(0\)"):
+        dapji.load(path, executor="reference", max_running=0)

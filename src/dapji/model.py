@@ -139,6 +139,7 @@ def load(
     threads: int | None = None,
     kv: KvFormat = "f16",
     kv_memory: int | None = None,
+    max_running: int = 64,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
     speculate: bool = True,
@@ -150,7 +151,8 @@ def load(
     executor: "native", "torch" or "reference"; by default native where it was built.
     context: the longest conversation in tokens, prompt and answer together; default: the model's, at most 8192.
     threads: native only; kv: format of the cache; kv_memory: bytes that it may take, for several conversations side by
-    side; at least what one of `context` takes, which is the default. device, dtype (of weights and activations): torch
+    side; at least what one of `context` takes, which is the default. max_running: most requests computed at once, up to
+    512. device, dtype (of weights and activations): torch
     only.
     speculate: compute tokens ahead where a text repeats itself (docs/engine.md); the answers are the same.
     adapter: PEFT's folder or a GGUF file, for every answer that does not choose another (docs/adapters.md).
@@ -176,7 +178,13 @@ def load(
         dtype=dtype,
         cache=PanelCache.of(files.checkpoint, native.panels_version()) if kind == "native" else None,
     )
-    engine = Engine(opened, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, speculate=speculate)
+    engine = Engine(
+        opened,
+        end_tokens=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+        max_running=max_running,
+        speculate=speculate,
+    )
     memory = files.checkpoint.nbytes + n_blocks * block_bytes
     model = Model(files, tokenizer, engine, executor=opened, memory=memory)
     if change is not None:

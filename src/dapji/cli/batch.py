@@ -83,7 +83,7 @@ def command(
 
     def opened(path: Path) -> Model:
         try:
-            return load(path, kv_memory=round(kv_memory * 1e9), **values)
+            return load(path, kv_memory=round(kv_memory * 1e9), max_running=max_running, **values)
         except DapjiError as error:
             broken.append(error)
             raise

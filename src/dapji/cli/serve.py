@@ -184,7 +184,9 @@ def command(
         origins=tuple(map(_origin, origins)),
     )
     kv_bytes = round(kv_memory * 1e9)
-    opened: Callable[[Path], Model] = partial(load, context=context, kv_memory=kv_bytes, **values)
+    opened: Callable[[Path], Model] = partial(
+        load, context=context, kv_memory=kv_bytes, max_running=max_running, **values
+    )
     renew = None
     if tls_self_signed:
         authority = Authority(settings.folder / "tls", settings.hosts)
