@@ -250,6 +250,13 @@ def test_models_are_listed_in_the_form_that_is_asked_for(client: anthropic.Anthr
     assert [model.id for model in listed] == ["answer", "endless"]
     assert listed.data[0].created_at.year >= 2024
     assert client.models.retrieve("endless").type == "model"
+    assert [model.id for model in client.models.list(limit=1)] == ["answer", "endless"]  # page after page
+    before = client.models.list(limit=1, before_id="endless")
+    assert ([model.id for model in before.data], before.has_more) == (["answer"], False)
+    for query, name in ({"after_id": "nothing"}, "after_id"), ({"foo": 1}, "foo"):
+        with pytest.raises(anthropic.BadRequestError, match=name):
+            client.models.list(extra_query=query)
+    assert httpx.get(f"{server.url}/v1/models", params={"limit": 1}).status_code == 400
     assert httpx.get(f"{server.url}/v1/models").json()["object"] == "list"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from dapji.chat.grammar import Grammar
 from dapji.server.answering import JsonObject, template_call, template_tool, tool_options
@@ -133,6 +135,26 @@ class Asked(Counted, kw_only=True):
     # Who asks and how soon: changes no answer.
     metadata: JsonObject | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+
+
+class Beta(Strict):
+    """A query, as clients of beta features send it."""
+
+    beta: Literal["true"] | None = None
+
+
+class Page(Beta):
+    """Which entries of a list are told."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 20
+    after_id: str | None = None
+    before_id: str | None = None
+
+
+def check_page(asked: Page) -> None:
+    """Raises Problem."""
+    if asked.after_id is not None and asked.before_id is not None:
+        raise Problem("invalid_request", "after_id and before_id exclude each other", "before_id")
 
 
 def prompt_options(asked: Counted) -> JsonObject:

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from dapji.server.answering import JsonObject, identifier, ignored_fields, key_of
+from dapji.server.anthropic.asked import Beta, Page, check_page
 from dapji.server.batches.runner import BatchRunner
 from dapji.server.batches.store import ACTIVE, Batch, BatchStore
 from dapji.server.problem import Problem
@@ -31,20 +32,6 @@ class OneAsked(Strict):
 
 class Asked(Strict):
     requests: Annotated[list[OneAsked], msgspec.Meta(min_length=1)]
-
-
-class Beta(Strict):
-    """As clients of beta features say."""
-
-    beta: Literal["true"] | None = None
-
-
-class Page(Beta):
-    """Which batches are told, the newest first."""
-
-    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 20
-    after_id: str | None = None
-    before_id: str | None = None
 
 
 @Reads(body=Asked)
@@ -76,10 +63,9 @@ async def create(request: Request) -> Response:
 
 @Reads(query=Page)
 async def index(request: Request) -> Response:
-    """The batches of whoever asks."""
+    """The batches of whoever asks, the newest first."""
     asked = read_query(request, Page)
-    if asked.after_id is not None and asked.before_id is not None:
-        raise Problem("invalid_request", "after_id and before_id exclude each other", "before_id")
+    check_page(asked)
     found = await _store(request).batches(
         key_of(request), [ENDPOINT], after=asked.after_id, before=asked.before_id, limit=asked.limit + 1
     )

@@ -11,16 +11,18 @@ from dapji.errors import RequestError
 from dapji.model import Model
 from dapji.server.registry import Served
 from dapji.server.service import Service
-from dapji.server.wire import json_response
+from dapji.server.wire import NoQuery, json_response, read_query
 
 
 async def index(request: Request) -> Response:
+    read_query(request, NoQuery)
     service: Service = request.app.state.service
     served = [await _described(each, service) for each in service.registry.models.values()]
     return json_response({"object": "list", "data": served})
 
 
 async def show(request: Request) -> Response:
+    read_query(request, NoQuery)
     service: Service = request.app.state.service
     return json_response(await _described(service.registry.find(request.path_params["name"]), service))
 
