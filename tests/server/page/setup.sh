@@ -12,4 +12,4 @@ if ! command -v chromium >/dev/null; then
   apt-get install -q -y --no-install-recommends chromium fonts-noto-cjk
   command -v npm >/dev/null || apt-get install -q -y --no-install-recommends npm
 fi
-npm install --silent --no-save --ignore-scripts --prefix build/axe axe-core@4.14.1
+npm install --loglevel=error --no-save --ignore-scripts --prefix build/axe axe-core@4.14.1
