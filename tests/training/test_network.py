@@ -14,6 +14,7 @@ from dapji.ops.tensor import Tensor
 from dapji.training.network import Network, Stored
 from dapji.training.settings import LoraSettings, layer_matrices
 from dapji.training.supervised import Supervised, losses_of
+from dapji.training.trainer import Method
 from dapji.weights.quantize import quantize
 
 LENGTHS = [17, 40, 5, 17, 2]
@@ -21,8 +22,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """float32: sums over a few hundred terms, in another order."""
 
 
-def gradients(network: Network, windows: list) -> dict[str, torch.Tensor]:
-    method = Supervised()
+def gradients(network: Network, windows: list, method: Method | None = None) -> dict[str, torch.Tensor]:
+    method = method or Supervised()
     count = sum(method.count(window) for window in windows)
     for window in windows:
         (method.loss(network, window).loss / count).backward()

@@ -131,8 +131,8 @@ def test_a_step_does_not_depend_on_its_split(settings: MethodSettings, tmp_path:
     assert n == 1
     apart, n = source_of(settings, tmp_path / "apart", capacity=72)
     assert n > 1
-    one = results(method, network, [whole.window(0)])
-    many = results(method, network, [apart.window(i) for i in range(n)])
+    one = results(method, network, whole.take([0]))
+    many = results(method, network, apart.take(range(n)))
     assert one[0] == pytest.approx(many[0], rel=1e-5)
     same_gradients(many[1], one[1])
     assert one[2] == pytest.approx(many[2], rel=1e-4, abs=1e-5)
@@ -241,7 +241,7 @@ def as_hf(gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("settings", [each for each in METHODS if not isinstance(each, OrpoSettings)], ids=ident)
 def test_losses_and_gradients_are_those_of_trl(settings: MethodSettings, tmp_path: Path) -> None:
     source, _ = source_of(settings, tmp_path)
-    loss, gradients, metrics = results(make_method(settings), tiny.network(tiny.config()), [source.window(0)])
+    loss, gradients, metrics = results(make_method(settings), tiny.network(tiny.config()), source.take([0]))
     model, reference = oracle(), oracle(seed=1)
     for each in (model, reference):
         add_fused_lm_head(each, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
@@ -262,7 +262,7 @@ def test_orpo_is_that_of_trl(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pairs = [Sample(sequences=(sequence(random, 1, a), sequence(random, 1, b))) for a, b in ((9, 20), (12, 5))]
     stream = Stream(Dataset.write(tmp_path / "data", pairs), capacity=72)
-    loss, gradients, metrics = results(make_method(settings), network, [stream.window(0)])
+    loss, gradients, metrics = results(make_method(settings), network, stream.take([0]))
     want, self = 0.0, trainer(beta=0.4, is_encoder_decoder=False, padding_value=0)
     self.concatenated_inputs = ORPOTrainer.concatenated_inputs
     self.get_batch_logps = ORPOTrainer.get_batch_logps
@@ -317,7 +317,7 @@ def test_a_reference_is_computed_once(tmp_path: Path) -> None:
     assert told == [(1, 1)]
     other = tiny.network(tiny.config(), seed=1)
     assert np.array_equal(reference_log_probs(other, stream, path), values)
-    window = ReferencedSource(stream, values).window(0)
+    (window,) = ReferencedSource(stream, values).take([0])
     assert window.reference.tolist() == [v for s in window.samples[::2] for v in values[s]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 class Windows:
     """The same few again and again."""
 
-    def window(self, index: int) -> Window:
-        return tiny.window([30, 12, 21], seed=index % 5)
+    def take(self, indices: Sequence[int]) -> list[Window]:
+        return [tiny.window([30, 12, 21], seed=index % 5) for index in indices]
 
 
 def run(network: Network, folder: Path, source: Any = None, **settings: Any) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def oracle_losses(model: torch.nn.Module) -> list[float]:
     losses = []
     for step in range(STEPS):
         numbers = range(step * BATCH, min((step + 1) * BATCH, STEPS * BATCH - 1))
-        windows = [each for number in numbers for each in tiny.alone(Windows().window(number))]
+        windows = [each for window in Windows().take(numbers) for each in tiny.alone(window)]
         count = sum(int(window.learned.sum()) for window in windows)
         total = 0.0
         for window in windows:

@@ -46,9 +46,9 @@ def network(of: ModelConfig, *, lora: LoraSettings | None = None, recompute: boo
     return Network(of, values, context=512, lora=lora, recompute=recompute)
 
 
-def write_model(path: Path) -> Path:
+def write_model(path: Path, *, seed: int = 0) -> Path:
     of = config()
-    tensors = {name: Tensor.from_float32(name, value) for name, value in weights(of).items()}
+    tensors = {name: Tensor.from_float32(name, value) for name, value in weights(of, seed).items()}
     metadata, named = families.to_gguf(of, tensors)
     metadata |= {
         "general.name": "tiny",

@@ -27,6 +27,7 @@ COMMANDS = {
     "cache": "Show or clear what is kept for quicker starts.",
     "quantize": "Write a smaller copy of a model.",
     "tune": "Adapt a model to your own examples.",
+    "distill": "Write a teacher's answers as examples.",
     "data": "Check examples before a model learns from them.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure speed beside what this machine could do.",

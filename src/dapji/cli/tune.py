@@ -39,8 +39,9 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
       learning_rate = 2e-4
       [run]
       epochs = 3
-      [method]                         supervised where this is left out; dpo, kto, orpo, simpo
-      name = "dpo"                     learn from preferences: docs/training.md tells their settings
+      [method]                         supervised where this is left out; dpo, kto, orpo, simpo from
+      name = "dpo"                     preferences, grpo from rewards, distill from a teacher:
+                                       docs/training.md has their settings
       beta = 0.1
 
     The output holds an adapter that PEFT loads, or a model that transformers loads; metrics.jsonl,
@@ -56,6 +57,7 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
       dapji tune recipe.toml
       dapji tune recipe.toml lora.rank=32 output=runs/rank-32
       dapji tune recipe.toml method.name=simpo method.beta=2.5
+      dapji tune recipe.toml method.name=grpo method.reward=rewards.py:correct
       dapji tune recipe.toml --profile tiny        a few steps, to see that it works
       dapji tune recipe.toml --resume
 
@@ -94,7 +96,7 @@ class _Shown:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="window", desc="reference", disable=None, leave=False)
+            self._bar = tqdm(total=total, desc="before training", disable=None, leave=False)
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()
@@ -104,10 +106,8 @@ class _Shown:
         from tqdm import tqdm
 
         share = f"{planned.trained / planned.parameters:.1%} of {planned.parameters / 1e6:.0f}M weights"
-        click.echo(
-            f"{planned.samples} examples, {planned.steps} steps, {share} trained, windows {planned.fill:.0%} full",
-            err=True,
-        )
+        full = "" if planned.fill is None else f", windows {planned.fill:.0%} full"
+        click.echo(f"{planned.samples} examples, {planned.steps} steps, {share} trained{full}", err=True)
         if planned.invalid:
             click.echo(f"{planned.invalid} rows are left out", err=True)
         for note, count in planned.notes.items():
@@ -143,5 +143,10 @@ class _Shown:
 
 def _own(metrics: Mapping[str, Any], prefix: str = "") -> str:
     """What a method measures beside its loss, as far as people look at it while it runs."""
-    shown = (("accuracy", "accuracy {:.0%}"), ("margin", "margin {:.2f}"), ("kl", "KL {:.3f}"))
+    shown = (
+        ("accuracy", "accuracy {:.0%}"),
+        ("margin", "margin {:.2f}"),
+        ("reward", "reward {:.3f}"),
+        ("kl", "KL {:.3f}"),
+    )
     return "".join(", " + text.format(metrics[prefix + name]) for name, text in shown if prefix + name in metrics)

@@ -6,6 +6,8 @@ loss           cross-entropy in chunks              checkpoints    whole states 
 supervised, preference   methods                    sharding       several processes, one model
 methods        what a recipe's [method] becomes     output         what a run leaves, and where it came from
 reference      what the base says of answers        tune           a recipe, put together
+rollouts       answers that the model writes, and what they are worth: by an actor (engine), rewards, for a policy
+teacher        what another model thinks of learned tokens, for distillation; answers: its answers as examples
 
 Where methods join: the loop asks a `trainer.Method` for two numbers of a window: what it counts, and the sum of its
 losses over that; it divides by the count of all windows of a step, on all ranks and in all micro-batches. What

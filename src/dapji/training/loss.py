@@ -7,11 +7,14 @@ models nor data.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 from dapji.ops.torch_kernels import product
 
@@ -80,6 +83,42 @@ class _TokenLosses(Function):
             to_hidden += product(given, part.T)
             to_head[at : at + step] = product(given.T, hidden.T)
         return to_hidden.to(hidden.dtype), to_head, None, None
+
+
+def distillation_losses(
+    hidden: Tensor, head: Tensor, labels: Tensor, top: Tensor, top_log_probs: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """-log p(label), and the divergence KL(teacher || student) of what a teacher gave for its likeliest tokens, each
+    [R] float32, of hidden [R, D] by head [V, D].
+
+    top [R, k] int64: different tokens, k < V; top_log_probs [R, k]: the teacher's. All other tokens count as one, with
+    what is left of each distribution: so the divergence is never more than that of all V, and 0 where they are alike.
+    Differentiable in hidden and head; logits are made again for the gradients.
+    """
+    step = max(_FEWEST_ROWS, _CHUNK_VALUES // len(head))
+    parts = [
+        checkpoint(
+            _distilled, hidden[rows], head, labels[rows], top[rows], top_log_probs[rows], softcap, use_reentrant=False
+        )
+        for rows in (slice(at, at + step) for at in range(0, len(hidden), step))
+    ]
+    return torch.cat([losses for losses, _ in parts]), torch.cat([divergences for _, divergences in parts])
+
+
+def _distilled(
+    hidden: Tensor, head: Tensor, labels: Tensor, top: Tensor, teacher: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, head).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_sums = logits.logsumexp(dim=1)
+    losses = log_sums - logits.gather(1, labels[:, None]).squeeze(1)
+    student = logits.gather(1, top) - log_sums[:, None]
+    rest = logits.scatter(1, top, -math.inf).logsumexp(dim=1) - log_sums
+    given = teacher.exp()
+    left = (1 - given.sum(dim=1)).clamp(min=0)
+    divergences = (given * (teacher - student)).sum(dim=1) + torch.xlogy(left, left) - left * rest
+    return losses, divergences
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor | None:

@@ -14,14 +14,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import dapji
-from dapji.model import Files
+from dapji.model import Files, open_files
 from dapji.models.adapter import Adapter
-from dapji.ops.low_rank import LowRank
 from dapji.ops.tensor import Tensor
+from dapji.training.actor import lora_pairs
 from dapji.training.checkpoints import Progress
-from dapji.training.network import A, B, Network
+from dapji.training.network import Network
 from dapji.training.run_data import file_hash
-from dapji.training.settings import Recipe
+from dapji.training.settings import DistillSettings, OnPolicySettings, Recipe
 from dapji.weights.adapter_file import write_adapter
 from dapji.weights.convert import write_folder
 from dapji.weights.files import replacing
@@ -52,6 +52,7 @@ def write(
     data: Mapping[str, Any],
 ) -> None:
     """trained: as `gathered` gives it. data: the hashes of the files that were learned from."""
+    method = recipe.method
     if recipe.lora is None:
         whole = folder / "whole"
         shutil.rmtree(whole, ignore_errors=True)
@@ -60,14 +61,15 @@ def write(
             path.replace(folder / path.name)
         whole.rmdir()
     else:
-        scale = recipe.lora.scale
-        pairs = {
-            name: LowRank(a=trained[name + A], b=trained[name + B], scale=scale)
-            for name in recipe.lora.chosen(files.config)
-        }
+        pairs = lora_pairs(files.config, recipe.lora, trained)
         write_adapter(folder, files.config, Adapter(pairs=pairs), base=recipe.model)
     lineage = {
-        "base": _base(files, recipe.model),
+        "base": origin(files, recipe.model),
+        **(
+            {"teacher": origin(open_files(method.teacher), method.teacher)}
+            if isinstance(method, DistillSettings | OnPolicySettings)
+            else {}
+        ),
         "data": data,
         "recipe": msgspec.to_builtins(recipe),
         "steps": progress.step,
@@ -79,12 +81,13 @@ def write(
         file.write(json.dumps({"lineage": lineage}, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def _base(files: Files, name: str) -> dict[str, Any]:
+def origin(files: Files, name: str) -> dict[str, Any]:
+    """What a model is made of: the hash of every file, and its own lineage, where it has one."""
     path = files.checkpoint.path
     names = [path.name] if path.is_file() else sorted(model_files([p.name for p in path.iterdir()], str(path)))
     folder = path.parent if path.is_file() else path
-    base: dict[str, Any] = {"model": name, "files": {each: file_hash(folder / each) for each in names}}
+    found: dict[str, Any] = {"model": name, "files": {each: file_hash(folder / each) for each in names}}
     record = folder / RECORD
     if record.exists() and "lineage" in (own := json.loads(record.read_text(encoding="utf-8"))):
-        base["lineage"] = own["lineage"]
-    return base
+        found["lineage"] = own["lineage"]
+    return found

@@ -6,7 +6,7 @@ the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +47,20 @@ class ReferencedSource:
         self._stream = stream
         self._reference = reference
 
-    def window(self, index: int) -> Referenced:
-        window = self._stream.window(index)
+    def take(self, indices: Sequence[int]) -> Sequence[Referenced]:
+        return [self._referenced(self._stream.window(index)) for index in indices]
+
+    def _referenced(self, window: Window) -> Referenced:
         return Referenced(**vars(window), reference=self._reference[window.samples[::2]].ravel())
 
 
 class RatedSource(ReferencedSource):
     """The windows of a stream whose samples are as `kto_data.mismatched` writes them."""
 
-    def window(self, index: int) -> Rated:
-        window = super().window(index)
+    def take(self, indices: Sequence[int]) -> Sequence[Rated]:
+        return [self._rated(window) for window in super().take(indices)]
+
+    def _rated(self, window: Referenced) -> Rated:
         first = np.arange(len(window.samples)) % 2 == 0
         mismatched = Referenced(**vars(window.select(~first)), reference=window.reference[~first])
         return Rated(**vars(window.select(first)), reference=window.reference[first], mismatched=mismatched)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapji.errors import FormatError
+from dapji.errors import FormatError, UsageError
 from dapji.model import Files
 from dapji.training.data.dataset import Dataset
 from dapji.training.data.encoding import Encoder, Sample
-from dapji.training.data.reading import Reader, prepare
+from dapji.training.data.prompts import Prompt, read_prompts
+from dapji.training.data.reading import Reader, prepare, refusal
 from dapji.training.data.stream import Stream
 from dapji.training.kto_data import mismatched
-from dapji.training.settings import Recipe
+from dapji.training.settings import Recipe, RolloutSettings
 from dapji.training.sharding import is_first, together
 from dapji.weights.files import replacing
 
@@ -26,6 +27,7 @@ _KINDS = {
     "pairs": "preferences",
     "rated": "answers with ratings",
 }
+_PROMPTS = "{}.jsonl"
 _RECORD = "read.json"
 """Written when all is there."""
 
@@ -43,12 +45,7 @@ class RunData:
     @classmethod
     def read(cls, recipe: Recipe, files: Files, folder: Path) -> RunData:
         """From the folder, or into it first, on one of the ranks. Raises as `prepare` and `Stream`."""
-        if is_first() and not (folder / _RECORD).exists():
-            record = _prepare(recipe, files, folder)
-            with replacing(folder / _RECORD) as file:
-                file.write(json.dumps(record).encode())
-        together()
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = _recorded(folder, lambda: _prepare(recipe, files, folder))
         samples = Dataset(folder / "train")
         window, seed = recipe.data.window, recipe.seed
         return cls(
@@ -57,6 +54,76 @@ class RunData:
             samples=samples,
             record=record,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPrompts:
+    """`RunData` of a method whose answers are generated."""
+
+    train: Sequence[Prompt]
+    evaluate: Sequence[Prompt]
+    record: Mapping[str, Any]
+    """As RunData's."""
+
+    @classmethod
+    def read(cls, recipe: Recipe, files: Files, folder: Path) -> RunPrompts:
+        """As `RunData.read`. Raises as `read_prompts`, and FormatError where prompts cannot be read."""
+        record = _recorded(folder, lambda: _prepare_prompts(recipe, files, folder))
+        train, evaluate = (_prompts(folder / _PROMPTS.format(name)) for name in ("train", "evaluate"))
+        return cls(train=train, evaluate=evaluate, record=record)
+
+
+def read_data(recipe: Recipe, files: Files, folder: Path) -> RunData | RunPrompts:
+    """What the recipe's method learns from."""
+    return (RunPrompts if recipe.method.examples == "prompts" else RunData).read(recipe, files, folder)
+
+
+def _recorded(folder: Path, prepare: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The record in a folder, which one of the ranks prepares where there is none."""
+    if is_first() and not (folder / _RECORD).exists():
+        record = prepare()
+        with replacing(folder / _RECORD) as file:
+            file.write(json.dumps(record).encode())
+    together()
+    found: Mapping[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    return found
+
+
+def _prompts(path: Path) -> list[Prompt]:
+    with path.open(encoding="utf-8") as file:
+        return [Prompt(**json.loads(line)) for line in file]
+
+
+def _prepare_prompts(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
+    data, method = recipe.data, recipe.method
+    assert isinstance(method, RolloutSettings)
+    if data.truncate or data.format is not None:
+        name = "data.truncate" if data.truncate else "data.format"
+        raise UsageError(f"{name} is nothing for prompts", hint="leave it out")
+    room = data.window - method.max_tokens
+    if room < 1:
+        raise UsageError(f"method.max_tokens ({method.max_tokens}) leaves no room in data.window ({data.window})")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer, invalid, hashes = files.tokenizer(), 0, {}
+    for name, paths in (("train", data.train), ("evaluate", data.evaluate)):
+        entries = [entry for path in paths for entry in read_prompts(Path(path), tokenizer, max_length=room)]
+        wrong = [entry for entry in entries if entry.error is not None]
+        if wrong and not data.skip_invalid:
+            raise refusal(wrong, len(entries))
+        prompts = [entry.prompt for entry in entries if entry.prompt is not None]
+        if paths and not prompts:
+            raise FormatError(f"data.{name}: there is no prompt")
+        with replacing(folder / _PROMPTS.format(name)) as file:
+            for prompt in prompts:
+                file.write(json.dumps(vars(prompt), ensure_ascii=False).encode() + b"\n")
+        invalid += len(wrong)
+        if paths:
+            hashes[name] = _hashes(paths)
+    return {"files": hashes, "invalid": invalid, "notes": {}}
+
+
+def _hashes(paths: Sequence[str]) -> list[dict[str, str]]:
+    return [{"file": path, "sha256": file_hash(Path(path))} for path in paths]
 
 
 def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
@@ -82,7 +149,7 @@ def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
             if kind == "rated":
                 mismatched(dataset, folder / name, max_length=longest, seed=recipe.seed)
             invalid += left_out
-            hashes[name] = [{"file": path, "sha256": file_hash(Path(path))} for path in paths]
+            hashes[name] = _hashes(paths)
     return {"files": hashes, "invalid": invalid, "notes": dict(notes)}
 
 

@@ -84,8 +84,9 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class _Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"):
     """What is learned of examples: the table [method], whose `name` says which has the settings beside it."""
 
-    examples: ClassVar[Literal["texts", "pairs", "rated"]] = "pairs"
-    """What its files hold: conversations, prompts with completions and texts; preferences; answers that are rated."""
+    examples: ClassVar[Literal["texts", "pairs", "rated", "prompts"]] = "pairs"
+    """What its files hold: conversations, prompts with completions and texts; preferences; answers that are rated;
+    prompts alone."""
 
 
 class SupervisedSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="supervised"):
@@ -130,7 +131,61 @@ class SimpoSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """As DPO's."""
 
 
-MethodSettings: TypeAlias = SupervisedSettings | DpoSettings | KtoSettings | OrpoSettings | SimpoSettings
+class RolloutSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of methods that learn from answers of the model itself."""
+
+    examples = "prompts"
+    group: Positive = 1
+    """Answers to a prompt."""
+    max_tokens: Positive = 256
+    """The longest answer."""
+    reuse: Positive = 1
+    """Steps that learn from the same answers."""
+    clip: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.2
+    """How far a token's probability may be from what it was when the answer was written, before it is left alone."""
+    kl: Amount = 0.0
+    """The weight of the divergence from the model that training begins from."""
+
+
+class GrpoSettings(RolloutSettings, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="grpo"):
+    """Answers are rewarded, each against others to the same prompt (Shao et al. 2024)."""
+
+    reward: str
+    """PATH.py:FUNCTION, as `rewards.Reward` loads it."""
+    group: Annotated[int, msgspec.Meta(ge=2)] = 8
+    scale: bool = True
+    """Divide what a reward is above its group's mean by the group's standard deviation; false: Liu et al. 2025."""
+
+
+class OnPolicySettings(RolloutSettings, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="on-policy"):
+    """A teacher says of each token of an answer how likely it is (Agarwal et al. 2024)."""
+
+    teacher: str
+    """As DistillSettings'."""
+
+
+class DistillSettings(_Method, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="distill"):
+    """A teacher's distributions are learned beside the labels (Hinton et al. 2015)."""
+
+    examples = "texts"
+    teacher: str
+    """A model with the same tokens: a name of `dapji list`, a GGUF file, or a folder."""
+    k: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 32
+    """The teacher's likeliest tokens that are kept for each learned token; the others count as one."""
+    weight: Share = 0.5
+    """Of the divergence from the teacher; the rest of 1 is that of the labels."""
+
+
+MethodSettings: TypeAlias = (
+    SupervisedSettings
+    | DpoSettings
+    | KtoSettings
+    | OrpoSettings
+    | SimpoSettings
+    | GrpoSettings
+    | OnPolicySettings
+    | DistillSettings
+)
 
 
 class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -59,9 +59,12 @@ class Method(Protocol):
 
 
 class Source(Protocol):
-    """Windows by number. Any rank may ask for any of them, at any time again."""
+    """Windows by number."""
 
-    def window(self, index: int) -> Window: ...
+    def take(self, indices: Sequence[int]) -> Sequence[Window]:
+        """Those that a rank has of a step, or of an evaluation. All ranks ask together, each for as many, and after the
+        steps before: a source may generate them by the model as it is."""
+        ...
 
 
 Total = Callable[..., tuple[float, ...]]
@@ -159,7 +162,8 @@ class Trainer:
         mine = [(index, True) for index in range(first + self._rank, end, self._ranks)]
         if len(mine) < -(-(end - first) // self._ranks):
             mine.append((first, False))
-        return [(index, source.window(index), counts) for index, counts in mine]
+        windows = source.take([index for index, _ in mine])
+        return [(index, window, counts) for (index, counts), window in zip(mine, windows, strict=True)]
 
     def _step(self) -> None:
         started = time.perf_counter()

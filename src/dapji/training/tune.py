@@ -17,17 +17,15 @@ from dapji.models.config import weight_shapes
 from dapji.models.torch_executor import find_device, load_weights
 from dapji.training import output
 from dapji.training.checkpoints import Checkpoints, whole_ones
-from dapji.training.data.packing import fill
-from dapji.training.data.stream import Stream
-from dapji.training.methods import make_method, make_source
+from dapji.training.methods import DATA, ROLLOUTS, make_method, open_sources
 from dapji.training.metrics import Metrics
 from dapji.training.network import Network, Stored
-from dapji.training.run_data import RunData
-from dapji.training.settings import Recipe, RunSettings, layer_matrices, write_recipe
+from dapji.training.run_data import read_data
+from dapji.training.settings import Recipe, layer_matrices, write_recipe
 from dapji.training.sharding import is_first, process_group, shard, together
 from dapji.training.trainer import Report, Trainer, make_optimizer
 
-RECIPE, METRICS, CHECKPOINTS, DATA = "recipe.toml", "metrics.jsonl", "checkpoints", "data"
+RECIPE, METRICS, CHECKPOINTS = "recipe.toml", "metrics.jsonl", "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +44,8 @@ class Planned:
     """Rows that were left out."""
     notes: Mapping[str, int]
     """What was done for how many examples (`encoding.Note`)."""
-    fill: float
-    """The share of the windows that holds tokens."""
+    fill: float | None
+    """The share of the windows that holds tokens; None where they are not there yet."""
 
 
 def tune(
@@ -60,8 +58,8 @@ def tune(
 ) -> bool:
     """Run a recipe; whether it came to its end. Interrupted, it can go on with `resume`.
 
-    On the first process, prepare: told how many windows of how many have been seen by the reference, where a method has
-    one; plan: told before the first step; report: the metrics of every step.
+    On the first process, prepare: told how much of what has been computed, where a method has something to compute of
+    all examples before the first step; plan: told before the first step; report: the metrics of every step.
     Raises UsageError where the folder holds another run, and what reading model and data raises.
     """
     with process_group(recipe.run.device) as device:
@@ -84,8 +82,10 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
             raise UsageError(f"{folder}: a run that has not ended", hint="--resume goes on with it; or remove it")
         if path.read_text(encoding="utf-8") != write_recipe(recipe):
             raise UsageError(f"{folder}: a run of another recipe", hint=f"compare with {path}")
-    else:  # a run that never began to learn, if any
-        shutil.rmtree(folder / DATA, ignore_errors=True)
+    elif not (resume and path.exists() and path.read_text(encoding="utf-8") == write_recipe(recipe)):
+        # a run that never began to learn, if any; one that goes on keeps what it has read and computed
+        for name in (DATA, ROLLOUTS):
+            shutil.rmtree(folder / name, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(write_recipe(recipe), encoding="utf-8")
 
@@ -104,7 +104,7 @@ def _run(
         raise ConfigError(
             f"run.dtype is {recipe.run.dtype!r}, but weights are trained in float32", hint="train an adapter ([lora])"
         )
-    data = RunData.read(recipe, files, folder / DATA)
+    data = read_data(recipe, files, folder / DATA)
     network = Network(
         files.config,
         _weights(files, recipe.run.dtype, device),
@@ -116,20 +116,12 @@ def _run(
     n_trained = sum(parameter.numel() for parameter in network.trained().values())
     shard(network)
     optimizer = make_optimizer(network, recipe.optimizer)
-    train, evaluate = (
-        None
-        if stream is None
-        else make_source(
-            recipe.method,
-            stream,
-            network,
-            folder / DATA / f"{name}-reference.bin",
-            prepare if is_first() else lambda done, total: None,
-        )
-        for name, stream in (("train", data.train), ("evaluate", data.evaluate))
-    )
-    assert train is not None
-    with Metrics(folder / METRICS) as metrics:
+    with (
+        Metrics(folder / METRICS) as metrics,
+        open_sources(
+            recipe, data, files, network, folder, str(device), prepare if is_first() else lambda done, total: None
+        ) as sources,
+    ):
 
         def both(values: Mapping[str, Any]) -> None:
             metrics.write(values)
@@ -138,30 +130,29 @@ def _run(
         trainer = Trainer(
             network,
             make_method(recipe.method),
-            train,
-            windows=_windows(data.train, recipe.run),
+            sources.train,
+            windows=sources.windows,
             optimizer=recipe.optimizer,
             run=recipe.run,
             seed=recipe.seed,
             checkpoints=Checkpoints(folder / CHECKPOINTS, network, optimizer),
             torch_optimizer=optimizer,
-            evaluation=None if evaluate is None or data.evaluate is None else (evaluate, len(data.evaluate.epoch(0))),
+            evaluation=sources.evaluation,
             report=both,
         )
         done = trainer.resume() if resume else 0
         if is_first():
             metrics.begin(done)
-            epoch = [window.tolist() for window in data.train.epoch(0)]
             plan(
                 Planned(
                     steps=trainer.steps,
                     done=done,
                     parameters=sum(math.prod(weight_shapes(files.config)[name]) for name in network.names),
                     trained=n_trained,
-                    samples=len(data.samples),
+                    samples=sources.examples,
                     invalid=data.record["invalid"],
                     notes=data.record["notes"],
-                    fill=fill(epoch, data.samples.lengths, recipe.data.window),
+                    fill=sources.fill,
                 )
             )
         if not trainer.train():
@@ -183,13 +174,3 @@ def _weights(files: Files, dtype: str, device: torch.device) -> dict[str, torch.
         **load_weights(loaded, device=device, dtype=kept),
         **{name: Stored(files.tensors[name], device) for name in stored},
     }
-
-
-def _windows(stream: Stream, run: RunSettings) -> int:
-    if run.steps is not None:
-        return run.steps * run.batch
-    whole = int(run.epochs)
-    windows = sum(len(stream.epoch(number)) for number in range(whole))
-    if run.epochs > whole:
-        windows += math.ceil((run.epochs - whole) * len(stream.epoch(whole)))
-    return windows

@@ -13,6 +13,7 @@ from dapji.training.data.dataset import Dataset
 from dapji.training.data.encoding import Encoder, Note, Sample
 from dapji.training.data.examples import Example
 from dapji.training.data.files import rows
+from dapji.training.data.prompts import PromptEntry
 
 _SHOWN = 5
 """Invalid rows that an error names."""
@@ -94,14 +95,17 @@ def prepare(
                     invalid.append(entry)
                 yield from entry.samples
         if invalid and not skip_invalid:
-            raise _refusal(invalid, n_rows)
+            raise refusal(invalid, n_rows)
 
     dataset = Dataset.write(folder, samples())
     return dataset, len(invalid)
 
 
-def _refusal(invalid: Sequence[Entry], n_rows: int) -> FormatError:
-    lines = [f"{entry.where}: {entry.error.message}" for entry in invalid[:_SHOWN] if entry.error is not None]
+def refusal(invalid: Sequence[Entry | PromptEntry], n_rows: int) -> FormatError:
+    """Names the first of the rows that are wrong, of so many."""
+    lines = [
+        f"{entry.path}:{entry.line}: {entry.error.message}" for entry in invalid[:_SHOWN] if entry.error is not None
+    ]
     more = [f"and {len(invalid) - _SHOWN} more"] if len(invalid) > _SHOWN else []
     hints = [entry.error.hint for entry in invalid if entry.error is not None and entry.error.hint]
     return FormatError(

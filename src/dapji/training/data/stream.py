@@ -6,7 +6,7 @@ number of ranks sees the same windows in the same order, and goes on from any pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -76,7 +76,7 @@ class Stream:
 
     def __init__(self, dataset: Dataset, *, capacity: int, seed: int = 0) -> None:
         """capacity: tokens of a window. Raises ContextError where a sample is longer."""
-        self._dataset = dataset
+        self.dataset = dataset
         self._capacity = capacity
         self._seed = seed
         longest = int(dataset.lengths.argmax())
@@ -92,8 +92,8 @@ class Stream:
         """The windows of an epoch, from 0: which samples each holds."""
         if self._plan[0] != number:
             # Epochs get seeds far apart, so that epoch 1 of a seed is not epoch 0 of the next.
-            order = Permutation(len(self._dataset), self._seed + (number << 32)).at(np.arange(len(self._dataset)))
-            windows = pack(self._dataset.lengths[order].tolist(), self._capacity)
+            order = Permutation(len(self.dataset), self._seed + (number << 32)).at(np.arange(len(self.dataset)))
+            windows = pack(self.dataset.lengths[order].tolist(), self._capacity)
             self._plan = (number, [order[window] for window in windows])
         return self._plan[1]
 
@@ -108,7 +108,7 @@ class Stream:
         """Window `index` of all epochs, counted from 0."""
         number, place = self.locate(index)
         samples = self.epoch(number)[place]
-        found = [(int(i), self._dataset[int(i)]) for i in samples]
+        found = [(int(i), self.dataset[int(i)]) for i in samples]
         sequences = [(i, sequence, sample.good) for i, sample in found for sequence in sample.sequences]
         starts = np.cumsum([0, *(len(sequence.ids) for _, sequence, _ in sequences)], dtype=np.int32)
         return Window(
@@ -118,6 +118,10 @@ class Stream:
             samples=np.array([i for i, _, _ in sequences], dtype=np.int64),
             good=np.array([-1 if good is None else good for _, _, good in sequences], dtype=np.int8),
         )
+
+    def take(self, indices: Sequence[int]) -> list[Window]:
+        """The windows of these numbers."""
+        return [self.window(index) for index in indices]
 
     def windows(self, start: int = 0, *, rank: int = 0, ranks: int = 1) -> Iterator[Window]:
         """Every `ranks`th window from start + rank on, without end. start: how many all ranks together have taken."""

@@ -1,0 +1,307 @@
+"""Windows of answers that the model has just written: rollouts, with what each was worth.
+
+An answer follows from the weights, its prompt and its seed, and the seed from the run's and the answer's number. What
+was written is kept in a file for each time that answers are written, so that a run that goes on learns from the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import distributed as dist
+
+from dapji.engine import BaseEngine
+from dapji.ops.tensor import Tensor
+from dapji.tokenizer import Tokenizer
+from dapji.training.actor import Actor, Answer
+from dapji.training.data.permutation import Permutation
+from dapji.training.data.prompts import Prompt
+from dapji.training.data.stream import Window
+from dapji.training.rewards import Reward
+from dapji.training.settings import RolloutSettings
+from dapji.training.sharding import is_first, together
+from dapji.weights.files import replacing
+
+_SMALL = 1e-4
+"""Added to a group's standard deviation, as TRL has it: rewards that differ by less are alike."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollouts(Window):
+    """Answers of the model."""
+
+    log_probs: NDArray[np.float32]
+    """[R] of each learned token, by the model that wrote it."""
+    advantages: NDArray[np.float32]
+    """[R] how much better than expected each token's answer was."""
+    reference: NDArray[np.float32] | None
+    """[R] as log_probs, by the model that training begins from, where that is wanted."""
+    rewards: NDArray[np.float32]
+    """[B]"""
+    ended: NDArray[np.bool_]
+    """[B] by itself, and not because it had become too long."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Group:
+    """A prompt and its answers."""
+
+    prompt: Prompt
+    number: int
+    """Of its prompt in the order of the run."""
+    seeds: Sequence[int]
+    answers: Sequence[Answer]
+    texts: Sequence[str]
+    rewards: NDArray[np.float32]
+    advantages: Sequence[NDArray[np.float32]]
+    references: Sequence[NDArray[np.float32]] | None
+
+    def window(self) -> Rollouts:
+        n_prompt = len(self.prompt.ids)
+        lengths = [len(answer.tokens) for answer in self.answers]
+        starts = np.cumsum([0, *(n_prompt + length for length in lengths)], dtype=np.int32)
+        learned = [np.arange(n_prompt + length) >= n_prompt for length in lengths]
+        return Rollouts(
+            tokens=np.concatenate([[*self.prompt.ids, *answer.tokens] for answer in self.answers]).astype(np.int32),
+            learned=np.concatenate(learned),
+            starts=starts,
+            samples=np.full(len(lengths), self.number, dtype=np.int64),
+            good=np.full(len(lengths), -1, dtype=np.int8),
+            log_probs=np.concatenate([answer.log_probs for answer in self.answers]),
+            advantages=np.concatenate(self.advantages),
+            reference=None if self.references is None else np.concatenate(self.references),
+            rewards=self.rewards,
+            ended=np.array([answer.ended for answer in self.answers]),
+        )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """A line of the file for each answer."""
+        return [
+            {
+                "prompt": self.number,
+                "row": self.prompt.row,
+                "seed": self.seeds[i],
+                "answer": self.texts[i],
+                "reward": float(self.rewards[i]),
+                "ended": answer.ended,
+                "prompt_tokens": list(self.prompt.ids),
+                "tokens": list(answer.tokens),
+                "log_probs": answer.log_probs.tolist(),
+                "advantages": self.advantages[i].tolist(),
+                "reference_log_probs": None if self.references is None else self.references[i].tolist(),
+            }
+            for i, answer in enumerate(self.answers)
+        ]
+
+    @classmethod
+    def of(cls, lines: Sequence[Mapping[str, Any]]) -> _Group:
+        """What `lines` gave."""
+
+        def floats(name: str) -> list[NDArray[np.float32]]:
+            return [np.array(line[name], dtype=np.float32) for line in lines]
+
+        return cls(
+            prompt=Prompt(ids=lines[0]["prompt_tokens"], row=lines[0]["row"]),
+            number=lines[0]["prompt"],
+            seeds=[line["seed"] for line in lines],
+            answers=[
+                Answer(tokens=line["tokens"], log_probs=log_probs, ended=line["ended"])
+                for line, log_probs in zip(lines, floats("log_probs"), strict=True)
+            ],
+            texts=[line["answer"] for line in lines],
+            rewards=np.array([line["reward"] for line in lines], dtype=np.float32),
+            advantages=floats("advantages"),
+            references=None if lines[0]["reference_log_probs"] is None else floats("reference_log_probs"),
+        )
+
+
+Judge = Callable[[Prompt, Sequence[Answer], Sequence[str]], tuple[NDArray[np.float32], list[NDArray[np.float32]]]]
+"""Of a prompt, its answers and their texts: a reward for each, [n], and for each the advantages of its tokens."""
+
+
+def judge_by_reward(reward: Reward, *, scale: bool) -> Judge:
+    """Every token of an answer is as much better as the answer's reward is above that of its group."""
+
+    def judge(
+        prompt: Prompt, answers: Sequence[Answer], texts: Sequence[str]
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        rewards = np.array([reward(text, prompt.row) for text in texts], dtype=np.float32)
+        above = advantages(rewards, scale and len(rewards) > 1)
+        return rewards, [np.full(len(each.tokens), value) for each, value in zip(answers, above, strict=True)]
+
+    return judge
+
+
+def judge_by_teacher(teacher: BaseEngine) -> Judge:
+    """Every token is as much better as the teacher finds it likelier than the model that wrote it. So its expectation
+    is the gradient of KL(student || teacher) in each place (Lu et al. 2025). An answer's reward is the mean."""
+
+    def judge(
+        prompt: Prompt, answers: Sequence[Answer], texts: Sequence[str]
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        above = [
+            teacher.score([*prompt.ids, *each.tokens], start=len(prompt.ids)).chosen.astype(np.float32) - each.log_probs
+            for each in answers
+        ]
+        return np.array([each.mean() for each in above], dtype=np.float32), above
+
+    return judge
+
+
+def advantages(rewards: NDArray[np.float32], scale: bool) -> NDArray[np.float32]:
+    """[n] rewards of a group above its mean, in units of its standard deviation (of a sample) where `scale`."""
+    above = rewards - rewards.mean()
+    result: NDArray[np.float32] = above / (rewards.std(ddof=1) + _SMALL) if scale else above
+    return result.astype(np.float32)
+
+
+class RolloutSource:
+    """A window for each prompt: a group of answers. Every `batch` of them, so many steps as `reuse` says, are written
+    together."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        actor: Actor,
+        judge: Judge,
+        tokenizer: Tokenizer,
+        settings: RolloutSettings,
+        *,
+        weights: Callable[[], Mapping[str, Tensor]],
+        folder: Path,
+        batch: int,
+        seed: int,
+    ) -> None:
+        """weights: as they are now; all ranks call it together. folder: where the answers are kept."""
+        self._prompts = prompts
+        self._actor = actor
+        self._judge = judge
+        self._base = actor if settings.kl else None
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._weights = weights
+        self._folder = folder
+        self._batch = batch
+        self._seed = seed
+        self._written: tuple[int, dict[int, _Group]] = (-1, {})
+
+    def take(self, indices: Sequence[int]) -> Sequence[Rollouts]:
+        turn = indices[0] // self._batch // self._settings.reuse
+        if self._written[0] != turn:
+            self._written = (turn, self._turn(turn))
+        groups = [self._written[1][turn * self._batch + index % self._batch] for index in indices]
+        return [group.window() for group in groups]
+
+    def _turn(self, turn: int) -> dict[int, _Group]:
+        """The groups that are written together, by number: read where they were written before."""
+        path = self._folder / f"step-{turn * self._settings.reuse + 1:08}.jsonl"
+        together()
+        if not path.exists():
+            self._actor.load(self._weights())
+            rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            numbers = range(turn * self._batch, (turn + 1) * self._batch)
+            lines = [line for group in self._write(numbers[rank::ranks]) for line in group.lines()]
+            everyone: list[Any] = [lines] * ranks
+            if ranks > 1:
+                dist.all_gather_object(everyone, lines)
+            if is_first():
+                self._folder.mkdir(exist_ok=True)
+                with replacing(path) as file:
+                    for line in (line for lines in everyone for line in lines):
+                        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        together()
+        found: dict[int, list[Mapping[str, Any]]] = {}
+        with path.open(encoding="utf-8") as file:  # a line of it may hold what splitlines() would split at
+            for line in map(json.loads, file):
+                found.setdefault(line["prompt"], []).append(line)
+        return {number: _Group.of(lines) for number, lines in found.items()}
+
+    def _write(self, numbers: Sequence[int]) -> list[_Group]:
+        n, size = len(self._prompts), self._settings.group
+        prompts = [
+            self._prompts[int(Permutation(n, self._seed + (number // n << 32)).at(np.array([number % n]))[0])]
+            for number in numbers
+        ]
+        seeds = [[_seed(self._seed, number, i) for i in range(size)] for number in numbers]
+        answers = self._actor.write(
+            [prompt.ids for prompt in prompts for _ in range(size)],
+            max_tokens=self._settings.max_tokens,
+            seeds=[seed for group in seeds for seed in group],
+        )
+        return _groups(prompts, numbers, seeds, answers, self._tokenizer, self._judge, self._base)
+
+
+class EvaluationSource:
+    """A window for each prompt that is held out: the likeliest answer. Nothing is learned from it."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        actor: Actor,
+        judge: Judge,
+        tokenizer: Tokenizer,
+        settings: RolloutSettings,
+        *,
+        weights: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        self._prompts = prompts
+        self._actor = actor
+        self._judge = judge
+        self._base = actor if settings.kl else None
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._weights = weights
+
+    def take(self, indices: Sequence[int]) -> Sequence[Rollouts]:
+        self._actor.load(self._weights())
+        prompts = [self._prompts[index] for index in indices]
+        answers = self._actor.write(
+            [prompt.ids for prompt in prompts], max_tokens=self._settings.max_tokens, seeds=None
+        )
+        groups = _groups(prompts, indices, [[0]] * len(prompts), answers, self._tokenizer, self._judge, self._base)
+        return [group.window() for group in groups]
+
+
+def _groups(
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    seeds: Sequence[Sequence[int]],
+    answers: Sequence[Answer],
+    tokenizer: Tokenizer,
+    judge: Judge,
+    base: Actor | None,
+) -> list[_Group]:
+    """answers: of the first prompt as many as it has seeds, and so on. base: says what the model that training begins
+    from thinks of them, where that is wanted."""
+    ends, found, rest = tokenizer.stop_ids, [], iter(answers)
+    for prompt, number, own in zip(prompts, numbers, seeds, strict=True):
+        group = list(islice(rest, len(own)))
+        texts = [tokenizer.decode([token for token in answer.tokens if token not in ends]) for answer in group]
+        rewards, above = judge(prompt, group, texts)
+        sequences = [[*prompt.ids, *answer.tokens] for answer in group]
+        references = None if base is None else base.score_by_base(sequences, [len(prompt.ids)] * len(group))
+        found.append(
+            _Group(
+                prompt=prompt,
+                number=number,
+                seeds=own,
+                answers=group,
+                texts=texts,
+                rewards=rewards,
+                advantages=above,
+                references=references,
+            )
+        )
+    return found
+
+
+def _seed(run: int, number: int, answer: int) -> int:
+    """Of an answer: far from those of all others."""
+    return int(np.random.SeedSequence([run % (1 << 64), number, answer]).generate_state(1, np.uint64)[0])
