@@ -60,10 +60,11 @@ Floats = NDArray[np.float64]
 def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[None]:
     import tiny_exaone
     import torch
-    from llama_cpp import LlamaCpp
     from test_exaone import renamed
     from test_llama_cpp import LACKING, PREFIXES, UNSAYABLE, write
     from tiny_models import TINY, gradients, opened, oracle_gradients, oracle_logits, text, translated
+
+    from llama_cpp import LlamaCpp
 
     results.clear()
     llama_cpp = LlamaCpp()

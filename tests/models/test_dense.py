@@ -13,7 +13,6 @@ import pytest
 import tiny_dense
 import torch
 import transformers
-from llama_cpp import LlamaCpp
 from test_families import assert_same, through_gguf
 from test_llama_cpp import LOGARITHM, write
 from tiny_models import (
@@ -36,6 +35,7 @@ from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.files import TensorToWrite
 from dapji.weights.safetensors import write_safetensors
+from llama_cpp import LlamaCpp
 
 IN_GGUF = [name for name in tiny_dense.TINY if name not in tiny_dense.UNSAYABLE]
 

@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 import pytest
 import tiny_exaone
-from llama_cpp import LlamaCpp
 from test_llama_cpp import LOGARITHM, write
 from tiny_models import EXECUTORS, TEXT, VOCAB, opened, oracle, oracle_logits, text
 
@@ -23,6 +22,7 @@ from dapji.ops.tensor import Tensor
 from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import write_gguf
+from llama_cpp import LlamaCpp
 
 _NAMES = {
     "model.embed_tokens": "transformer.wte",

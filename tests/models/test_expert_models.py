@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llama_cpp import LlamaCpp
 from test_llama_cpp import write
 from tiny_models import VOCAB, logits, oracle_logits, text, translated
 
@@ -25,6 +24,7 @@ from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.convert import write_folder
 from dapji.weights.files import TensorToWrite
 from dapji.weights.safetensors import write_safetensors
+from llama_cpp import LlamaCpp
 
 Change = Callable[[LayerConfig], LayerConfig]
 

@@ -14,7 +14,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from llama_cpp import LlamaCpp
 from test_families import assert_same
 from test_llama_cpp import LOGARITHM, write
 from tiny_latent import TINY
@@ -28,6 +27,7 @@ from dapji.ops.tensor import Tensor
 from dapji.weights.files import TensorToWrite
 from dapji.weights.quantize import quantize
 from dapji.weights.safetensors import write_safetensors
+from llama_cpp import LlamaCpp
 
 IN_GGUF = [name for name in TINY if name != "deepseek-v3-halves"]
 Weights = dict[str, Tensor]

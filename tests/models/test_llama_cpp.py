@@ -14,7 +14,6 @@ import pytest
 import tiny_dense
 import tiny_experts
 import tiny_latent
-from llama_cpp import LlamaCpp
 from tiny_models import TEXT, TINY, VOCAB, oracle_logits, text, translated
 
 from dapji.errors import ConfigError
@@ -23,6 +22,7 @@ from dapji.models.config import ModelConfig
 from dapji.ops.tensor import Tensor
 from dapji.weights.files import TensorToWrite
 from dapji.weights.gguf import write_gguf
+from llama_cpp import LlamaCpp
 from tiny import alphabet
 
 PERPLEXITY = 0.003

@@ -18,12 +18,22 @@ from server_running import Running
         ({"Host": ""}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
     ],
 )
 def test_host_and_origin(server: Running, headers: dict[str, str], status: int) -> None:
     answer = httpx.get(f"{server.url}/v1/models", headers=headers)
     assert answer.status_code == status
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_others_may_link_to_the_page(server: Running) -> None:
+    linked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    for path in ("/", "/status", "/docs", "/static/base.css"):
+        assert httpx.get(server.url + path, headers=linked).status_code == 200
 
 
 def test_its_own_pages_may_ask(server: Running) -> None:

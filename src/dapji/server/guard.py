@@ -16,6 +16,9 @@ OPEN_PATHS = ("/health", "/", "/status", "/docs")
 OPEN_FOLDER = "/static/"
 """As these paths, all in it."""
 
+_FOREIGN = ("cross-site", "same-site")
+"""What browsers say of a request that another page makes (W3C, Fetch Metadata)."""
+
 
 class Guard:
     """ASGI middleware."""
@@ -60,6 +63,9 @@ class Guard:
                 f"pages of {origin} may not ask this server. Hint: dapji serve --allow-origin URL",
                 code="origin",
             )
+        if origin is None and headers.get("sec-fetch-site") in _FOREIGN and not _is_open(scope["path"]):
+            # What a foreign page loads as an image or a script has no Origin, and could make us open a model.
+            raise Problem("forbidden", "other pages may not ask this server", code="origin")
         if self._keys is None or _is_open(scope["path"]) or not self._keys.asked:
             return ""
         scheme, _, value = headers.get("authorization", "").partition(" ")
