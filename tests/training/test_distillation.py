@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tiny_training as tiny
@@ -148,6 +150,25 @@ def test_a_run_comes_nearer_to_its_teacher(teacher: Path, tmp_path: Path) -> Non
     assert metrics[-1]["evaluation_loss"] == pytest.approx(metrics[-1]["evaluation_kl"])
     lineage = json.loads((tmp_path / "run" / "dapji.json").read_text())["lineage"]
     assert list(lineage["teacher"]["files"]) == ["teacher.gguf"]
+
+
+def test_what_the_teacher_has_said_is_kept_when_a_run_is_cut_off(teacher: Path, tmp_path: Path) -> None:
+    """Before the first step, when there is no checkpoint yet; of another recipe nothing is kept."""
+    method = f'[method]\nname = "distill"\nteacher = "{teacher}"\nk = 4'
+    recipe = read_recipe(tiny.write_recipe(tmp_path, method, RUN), changes={"run.steps": "1"})
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    told: list[Any] = []
+    for other in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, prepare=stop)
+        changed = msgspec.structs.replace(recipe, seed=1) if other else recipe
+        told.clear()
+        assert tune(changed, resume=True, prepare=lambda *done: told.append(done))
+        assert told == ([(24, 24), (8, 8)] if other else [(8, 8)])  # of train and of evaluate
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_student_learns_from_what_its_teacher_thinks_of_its_answers(teacher: Path, tmp_path: Path) -> None:

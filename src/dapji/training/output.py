@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import dapji
@@ -38,6 +39,8 @@ def gathered(network: Network) -> dict[str, Tensor]:
         value: torch.Tensor = parameter.detach()
         if isinstance(value, DTensor):
             value = value.full_tensor()
+        elif isinstance(network, FSDPModule):  # gathered for a step, in memory that is given back
+            value = value.clone()
         values[name] = Tensor.from_float32(name, value.float().cpu().numpy())
     return values
 
