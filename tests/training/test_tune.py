@@ -224,6 +224,8 @@ def test_every_recipe_has_a_tiny_profile_that_runs(path: Path, tmp_path: Path) -
     if not (path.parent / "train.jsonl").exists():
         write = tiny.write_pairs if path.parent.name == "preference" else tiny.write_examples
         changes["data.train"] = json.dumps([str(write(tmp_path / "train.jsonl"))])
+    if path.parent.name == "distillation":
+        changes["method.teacher"] = changes["model"]
     if path.parent.name != "arithmetic":  # whose prompts are short
         changes["data.truncate"] = "true"
     recipe = read_recipe(path, profile="tiny", changes=changes)
