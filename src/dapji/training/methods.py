@@ -95,7 +95,7 @@ def open_sources(
         with _actor(recipe, files, device) as actor, _judge(recipe, files, device) as judge:
             yield _rollout_sources(recipe, data, files, network, folder, actor, judge)
     elif isinstance(recipe.method, DistillSettings):
-        opinions = _ask_teacher(recipe.method, recipe.data.window, data, files, folder / DATA, device, progress)
+        opinions = _ask_teacher(recipe.method, data, files, folder / DATA, device, progress)
         yield _packed_sources(recipe, data, lambda stream, name: TaughtSource(stream, opinions[name]))
     else:
         yield _packed_sources(
@@ -127,7 +127,6 @@ def make_source(
 
 def _ask_teacher(
     settings: DistillSettings,
-    context: int,
     data: RunData,
     files: Files,
     folder: Path,
@@ -142,6 +141,7 @@ def _ask_teacher(
         if stream is not None
     }
     if any(each.missing() for each in opinions.values()):
+        context = max(int(stream.dataset.lengths.max()) for stream in streams.values() if stream is not None)
         with _teacher(settings.teacher, files, context, device) as teacher:
             for each in opinions.values():
                 each.compute(teacher, progress)
