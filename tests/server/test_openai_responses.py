@@ -215,7 +215,7 @@ def test_what_is_kept_is_told_and_what_is_deleted_is_gone(client: openai.OpenAI,
     folder = server.service.settings.folder
     assert "비밀 4".encode() in b"".join(path.read_bytes() for path in folder.glob("responses.db*"))
     client.responses.delete(response.id)
-    for path in folder.iterdir():
+    for path in folder.glob("responses.db*"):
         assert "비밀".encode() not in path.read_bytes()
     for ask in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
         with pytest.raises(openai.NotFoundError):
