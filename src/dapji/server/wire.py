@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ async def read(
 
 def read_query(request: Request, type: type[T]) -> T:
     """The query as `type`, as strictly as a body. Raises Problem."""
+    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if times > 1:
+            raise Problem("invalid_request", f"{name} is given {times} times", name)
     return convert(dict(request.query_params), type, strict=False)[0]
 
 

@@ -48,7 +48,8 @@ def test_the_status_says_what_was_done(busy: Running) -> None:
     assert min(waits) > 0
     later = httpx.get(f"{busy.url}/page/status", params={"since": samples[-1]["time"]}).json()["samples"]
     assert all(sample["time"] > samples[-1]["time"] for sample in later)
-    assert httpx.get(f"{busy.url}/page/status", params={"since": "x"}).status_code == 400
+    for query in ("since=x", "since=1&since=2", "until=1"):
+        assert httpx.get(f"{busy.url}/page/status?{query}").status_code == 400
 
 
 def test_the_operator_sees_models_and_plots(open_page: Opened, busy: Running) -> None:
