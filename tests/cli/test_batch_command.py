@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -95,7 +94,11 @@ def test_the_same_command_goes_on_with_what_was_broken_off(dapji: Dapji, tmp_pat
     source.write_text("\n".join(line(f"{i}", max_tokens=200) for i in range(n)))
     command = ["batch", source, model, "-o", output, "--max-running", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dapji", *map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ | {}
+        [sys.executable, "-m", "dapji", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background ignores the signal of Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     database, done = tmp_path / "out.jsonl.partial" / "batches.db", 0
     stop = time.monotonic() + 60
