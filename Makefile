@@ -24,6 +24,7 @@ test: $(VENV)/.installed-dev lint ## set up, lint, type-check and run the defaul
 	$(BIN)/pytest $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the long tests: perplexity, golden text, fuzzing
+	$(BIN)/dapji pull qwen2.5-coder-0.5b || echo "without it, tests of its calls are skipped"
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, import-linter

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
 
 from dapji.chat.formats import ANY_TOOL, ToolChoice
+from dapji.errors import ModelNotFound
 from dapji.model import Model, load
 
 WEATHER: Any = {
@@ -41,11 +43,20 @@ TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} 
 QUESTIONS = ["서울 날씨는?", "What is the weather in Paris for the next three weeks?", "Book a table for Kim and Lee."]
 
 
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    try:
+        opened = load("qwen2.5-coder-0.5b", context=2048)
+    except ModelNotFound as error:
+        pytest.skip(str(error))
+    with opened:
+        yield opened
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", [ToolChoice(required=True), ToolChoice(required=True, parallel=False), ANY_TOOL])
-def test_arguments_are_valid(choice: ToolChoice) -> None:
-    with load("qwen2.5-coder-0.5b", context=2048) as model:
-        calls = [call for question in QUESTIONS for seed in range(3) for call in called(model, question, choice, seed)]
+def test_arguments_are_valid(model: Model, choice: ToolChoice) -> None:
+    calls = [call for question in QUESTIONS for seed in range(3) for call in called(model, question, choice, seed)]
     assert len(calls) >= (9 if choice.required else 1)
     for name, arguments in calls:
         jsonschema.validate(arguments, SCHEMAS[name], format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
