@@ -47,13 +47,13 @@ class Observer:
             if not request.gone:
                 raise
         finally:
-            self._service.active -= not background
             if request.gone:
                 record.status = CLIENT_GONE
             record.key = scope.get("state", {}).get("key", "")
             record.seconds = asyncio.get_running_loop().time() - record.started
             self._service.metrics.count(record)
             log.tell(record)
+            self._service.active -= not background  # last, so that a server that stops has told of all
 
 
 class _Watched:
