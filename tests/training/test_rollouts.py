@@ -30,7 +30,7 @@ from dapji.training.data.prompts import Prompt
 from dapji.training.output import gathered
 from dapji.training.policy import Policy
 from dapji.training.rewards import Reward
-from dapji.training.rollouts import Rollouts, RolloutSource, judge_by_reward
+from dapji.training.rollouts import Rollouts, RolloutSource, Writing, judge_by_reward
 from dapji.training.settings import GrpoSettings, LoraSettings, read_recipe
 from dapji.training.supervised import losses_of
 from dapji.training.tune import tune
@@ -77,8 +77,11 @@ def test_engine_and_training_say_the_same(base: Path, lora: LoraSettings | None,
     actor = Actor(files.config, files.tensors, files.tokenizer(), lora=lora, context=64)
     source = RolloutSource(
         [Prompt(ids=ids, row={"wanted": WANTED}) for ids in ([40, 41, 42], [50], [60, 61], [70, 71])],
-        actor, judge_by_reward(Reward(settings.reward), scale=True), files.tokenizer(), settings,
-        weights=lambda: gathered(network), folder=tmp_path / "kept", batch=2, seed=0,
+        Writing(
+            actor=actor, judge=judge_by_reward(Reward(settings.reward), scale=True), tokenizer=files.tokenizer(),
+            settings=settings, weights=lambda: gathered(network),
+        ),
+        folder=tmp_path / "kept", batch=2, seed=0,
     )  # fmt: skip
     reference = tiny.network(tiny.config())
     for turn in range(2):

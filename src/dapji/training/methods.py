@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dapji.engine import BaseEngine
 from dapji.model import Files, load, open_files
 from dapji.models.executor import ExecutorKind, default_kind
-from dapji.ops.tensor import Tensor
 from dapji.training.actor import Actor
 from dapji.training.data.packing import fill
 from dapji.training.data.stream import Stream
@@ -22,7 +22,7 @@ from dapji.training.policy import Policy
 from dapji.training.preference import Dpo, Kto, Orpo, Simpo
 from dapji.training.reference import RatedSource, ReferencedSource, reference_log_probs
 from dapji.training.rewards import Reward
-from dapji.training.rollouts import EvaluationSource, Judge, RolloutSource, judge_by_reward, judge_by_teacher
+from dapji.training.rollouts import EvaluationSource, Judge, RolloutSource, Writing, judge_by_reward, judge_by_teacher
 from dapji.training.run_data import RunData, RunPrompts
 from dapji.training.settings import (
     DistillSettings,
@@ -167,21 +167,11 @@ def _rollout_sources(
     settings, tokenizer = recipe.method, files.tokenizer()
     assert isinstance(settings, RolloutSettings)
 
-    def weights() -> Mapping[str, Tensor]:
-        return gathered(network)
-
-    train = RolloutSource(
-        data.train,
-        actor,
-        judge,
-        tokenizer,
-        settings,
-        weights=weights,
-        folder=folder / ROLLOUTS,
-        batch=recipe.run.batch,
-        seed=recipe.seed,
+    writing = Writing(
+        actor=actor, judge=judge, tokenizer=tokenizer, settings=settings, weights=partial(gathered, network)
     )
-    evaluate = EvaluationSource(data.evaluate, actor, judge, tokenizer, settings, weights=weights)
+    train = RolloutSource(data.train, writing, folder=folder / ROLLOUTS, batch=recipe.run.batch, seed=recipe.seed)
+    evaluate = EvaluationSource(data.evaluate, writing)
     turns = -(-_windows(recipe.run, lambda number: len(data.train)) // recipe.run.batch)
     return Sources(
         train=train,

@@ -162,38 +162,72 @@ def advantages(rewards: NDArray[np.float32], scale: bool) -> NDArray[np.float32]
     return result.astype(np.float32)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Writing:
+    """What writes answers, and judges them."""
+
+    actor: Actor
+    judge: Judge
+    tokenizer: Tokenizer
+    settings: RolloutSettings
+    weights: Callable[[], Mapping[str, Tensor]]
+    """As they are now; all ranks call it together."""
+
+    def refresh(self) -> None:
+        """From here on the answers are those of the weights as they are now."""
+        self.actor.load(self.weights())
+
+    def groups(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], seeds: Sequence[Sequence[int]], *, drawn: bool = True
+    ) -> list[_Group]:
+        """An answer to each prompt for each of its seeds; drawn False: the likeliest one, whatever the seed."""
+        answers = self.actor.write(
+            [prompt.ids for prompt, own in zip(prompts, seeds, strict=True) for _ in own],
+            max_tokens=self.settings.max_tokens,
+            seeds=[seed for own in seeds for seed in own] if drawn else None,
+        )
+        ends, found, rest = self.tokenizer.stop_ids, [], iter(answers)
+        for prompt, number, own in zip(prompts, numbers, seeds, strict=True):
+            group = list(islice(rest, len(own)))
+            texts = [self.tokenizer.decode([token for token in answer.tokens if token not in ends]) for answer in group]
+            rewards, above = self.judge(prompt, group, texts)
+            found.append(
+                _Group(
+                    prompt=prompt,
+                    number=number,
+                    seeds=own,
+                    answers=group,
+                    texts=texts,
+                    rewards=rewards,
+                    advantages=above,
+                    references=self._references(prompt, group),
+                )
+            )
+        return found
+
+    def _references(self, prompt: Prompt, answers: Sequence[Answer]) -> list[NDArray[np.float32]] | None:
+        """What the model that training begins from thinks of them, where that is wanted."""
+        if not self.settings.kl:
+            return None
+        sequences = [[*prompt.ids, *answer.tokens] for answer in answers]
+        return self.actor.score_by_base(sequences, [len(prompt.ids)] * len(answers))
+
+
 class RolloutSource:
     """A window for each prompt: a group of answers. Every `batch` of them, so many steps as `reuse` says, are written
     together."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        actor: Actor,
-        judge: Judge,
-        tokenizer: Tokenizer,
-        settings: RolloutSettings,
-        *,
-        weights: Callable[[], Mapping[str, Tensor]],
-        folder: Path,
-        batch: int,
-        seed: int,
-    ) -> None:
-        """weights: as they are now; all ranks call it together. folder: where the answers are kept."""
+    def __init__(self, prompts: Sequence[Prompt], writing: Writing, *, folder: Path, batch: int, seed: int) -> None:
+        """folder: where the answers are kept."""
         self._prompts = prompts
-        self._actor = actor
-        self._judge = judge
-        self._base = actor if settings.kl else None
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._weights = weights
+        self._writing = writing
         self._folder = folder
         self._batch = batch
         self._seed = seed
         self._written: tuple[int, dict[int, _Group]] = (-1, {})
 
     def take(self, indices: Sequence[int]) -> Sequence[Rollouts]:
-        turn = indices[0] // self._batch // self._settings.reuse
+        turn = indices[0] // self._batch // self._writing.settings.reuse
         if self._written[0] != turn:
             self._written = (turn, self._turn(turn))
         groups = [self._written[1][turn * self._batch + index % self._batch] for index in indices]
@@ -201,10 +235,10 @@ class RolloutSource:
 
     def _turn(self, turn: int) -> dict[int, _Group]:
         """The groups that are written together, by number: read where they were written before."""
-        path = self._folder / f"step-{turn * self._settings.reuse + 1:08}.jsonl"
+        path = self._folder / f"step-{turn * self._writing.settings.reuse + 1:08}.jsonl"
         together()
         if not path.exists():
-            self._actor.load(self._weights())
+            self._writing.refresh()
             rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             numbers = range(turn * self._batch, (turn + 1) * self._batch)
             lines = [line for group in self._write(numbers[rank::ranks]) for line in group.lines()]
@@ -224,82 +258,27 @@ class RolloutSource:
         return {number: _Group.of(lines) for number, lines in found.items()}
 
     def _write(self, numbers: Sequence[int]) -> list[_Group]:
-        n, size = len(self._prompts), self._settings.group
+        n, size = len(self._prompts), self._writing.settings.group
         prompts = [
             self._prompts[int(Permutation(n, self._seed + (number // n << 32)).at(np.array([number % n]))[0])]
             for number in numbers
         ]
         seeds = [[_seed(self._seed, number, i) for i in range(size)] for number in numbers]
-        answers = self._actor.write(
-            [prompt.ids for prompt in prompts for _ in range(size)],
-            max_tokens=self._settings.max_tokens,
-            seeds=[seed for group in seeds for seed in group],
-        )
-        return _groups(prompts, numbers, seeds, answers, self._tokenizer, self._judge, self._base)
+        return self._writing.groups(prompts, numbers, seeds)
 
 
 class EvaluationSource:
     """A window for each prompt that is held out: the likeliest answer. Nothing is learned from it."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        actor: Actor,
-        judge: Judge,
-        tokenizer: Tokenizer,
-        settings: RolloutSettings,
-        *,
-        weights: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
+    def __init__(self, prompts: Sequence[Prompt], writing: Writing) -> None:
         self._prompts = prompts
-        self._actor = actor
-        self._judge = judge
-        self._base = actor if settings.kl else None
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._weights = weights
+        self._writing = writing
 
     def take(self, indices: Sequence[int]) -> Sequence[Rollouts]:
-        self._actor.load(self._weights())
+        self._writing.refresh()
         prompts = [self._prompts[index] for index in indices]
-        answers = self._actor.write(
-            [prompt.ids for prompt in prompts], max_tokens=self._settings.max_tokens, seeds=None
-        )
-        groups = _groups(prompts, indices, [[0]] * len(prompts), answers, self._tokenizer, self._judge, self._base)
+        groups = self._writing.groups(prompts, indices, [[0]] * len(prompts), drawn=False)
         return [group.window() for group in groups]
-
-
-def _groups(
-    prompts: Sequence[Prompt],
-    numbers: Sequence[int],
-    seeds: Sequence[Sequence[int]],
-    answers: Sequence[Answer],
-    tokenizer: Tokenizer,
-    judge: Judge,
-    base: Actor | None,
-) -> list[_Group]:
-    """answers: of the first prompt as many as it has seeds, and so on. base: says what the model that training begins
-    from thinks of them, where that is wanted."""
-    ends, found, rest = tokenizer.stop_ids, [], iter(answers)
-    for prompt, number, own in zip(prompts, numbers, seeds, strict=True):
-        group = list(islice(rest, len(own)))
-        texts = [tokenizer.decode([token for token in answer.tokens if token not in ends]) for answer in group]
-        rewards, above = judge(prompt, group, texts)
-        sequences = [[*prompt.ids, *answer.tokens] for answer in group]
-        references = None if base is None else base.score_by_base(sequences, [len(prompt.ids)] * len(group))
-        found.append(
-            _Group(
-                prompt=prompt,
-                number=number,
-                seeds=own,
-                answers=group,
-                texts=texts,
-                rewards=rewards,
-                advantages=above,
-                references=references,
-            )
-        )
-    return found
 
 
 def _seed(run: int, number: int, answer: int) -> int:
