@@ -89,7 +89,7 @@ class Service:
         self._check_top(n_top)
         async with self._turn(key, model, len(texts)) as (_, opened), _until(self._deadline()):
             self._charge_prompts(key, sum(map(len, texts)))
-            adapter = opened.adapter_number(self.registry.find(model).adapter)
+            adapter = self._adapter(model, opened)
             scores = (opened.engine.ascore(text, n_top=n_top, adapter=adapter) for text in texts)
             return list(await asyncio.gather(*scores))
 
@@ -103,7 +103,7 @@ class Service:
             n_tokens = sum(map(len, prepared.texts))
             self._charge_prompts(key, n_tokens)
             room = asyncio.Semaphore(places)
-            adapter = opened.adapter_number(self.registry.find(model).adapter)
+            adapter = self._adapter(model, opened)
 
             async def vector(text: Sequence[int]) -> NDArray[np.float32]:
                 async with room:
@@ -182,6 +182,10 @@ class Service:
             self._keys.charge_prompt(key, tokens)
         current.get().prompt += tokens
         self.metrics.read(tokens)
+
+    def _adapter(self, model: str | None, opened: Model) -> int:
+        """The number of the one that a served name stands for."""
+        return opened.adapter_number(self.registry.find(model).adapter)
 
     def _deadline(self) -> float | None:
         """Of the request that is being answered, on the loop's clock."""

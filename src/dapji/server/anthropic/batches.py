@@ -14,8 +14,8 @@ from starlette.responses import Response, StreamingResponse
 
 from dapji.server.answering import JsonObject, identifier, ignored_fields, key_of
 from dapji.server.anthropic.asked import Beta, Page, check_page
-from dapji.server.batches.runner import BatchRunner
-from dapji.server.batches.store import ACTIVE, Batch, BatchStore
+from dapji.server.batches.runner import runner_of
+from dapji.server.batches.store import ACTIVE, Batch, store_of
 from dapji.server.problem import Problem
 from dapji.server.service import Service
 from dapji.server.wire import Reads, Strict, json_response, read, read_query
@@ -42,7 +42,7 @@ async def create(request: Request) -> Response:
     if len(asked.requests) > service.settings.max_batch:
         told = f"{len(asked.requests)} requests are more than this server's limit of {service.settings.max_batch}"
         raise Problem("invalid_request", told, "requests")
-    key, store = key_of(request), _store(request)
+    key, store = key_of(request), store_of(request)
     async with store.writing() as (name, body):
         for line in _lines(asked.requests, service.settings.max_body):
             body.write(line)
@@ -57,7 +57,7 @@ async def create(request: Request) -> Response:
         total=len(asked.requests),
     )
     await store.create(batch, "messages")
-    _runner(request).look()
+    runner_of(request).look()
     return json_response(_told(request, batch), headers=ignored_fields(left_out))
 
 
@@ -66,7 +66,7 @@ async def index(request: Request) -> Response:
     """The batches of whoever asks, the newest first."""
     asked = read_query(request, Page)
     check_page(asked)
-    found = await _store(request).batches(
+    found = await store_of(request).batches(
         key_of(request), [ENDPOINT], after=asked.after_id, before=asked.before_id, limit=asked.limit + 1
     )
     more = len(found) > asked.limit
@@ -87,8 +87,8 @@ async def show(request: Request) -> Response:
 async def cancel(request: Request) -> Response:
     """Ends a batch; the answers that it has are kept."""
     read_query(request, Beta)
-    batch = await _store(request).cancel((await _batch(request)).id)
-    _runner(request).look()
+    batch = await store_of(request).cancel((await _batch(request)).id)
+    runner_of(request).look()
     return json_response(_told(request, batch))
 
 
@@ -97,7 +97,7 @@ async def delete(request: Request) -> Response:
     """Deletes a batch that has ended, with its requests and answers."""
     read_query(request, Beta)
     batch = await _batch(request)
-    await _store(request).remove(batch)
+    await store_of(request).remove(batch)
     return json_response({"id": batch.id, "type": "message_batch_deleted"})
 
 
@@ -109,22 +109,12 @@ async def results(request: Request) -> Response:
     if batch.status in ACTIVE:
         raise Problem("invalid_request", f"batch {batch.id!r} has not ended yet: there are no results")
     names = [name for name in (batch.output_file_id, batch.error_file_id) if name is not None]
-    paths = [_store(request).body(name) for name in names]
+    paths = [store_of(request).body(name) for name in names]
     return StreamingResponse(_results(paths), media_type="application/x-jsonl")
 
 
-def _store(request: Request) -> BatchStore:
-    store: BatchStore = request.app.state.batches
-    return store
-
-
-def _runner(request: Request) -> BatchRunner:
-    runner: BatchRunner = request.app.state.runner
-    return runner
-
-
 async def _batch(request: Request) -> Batch:
-    return await _store(request).batch(key_of(request), request.path_params["id"], [ENDPOINT])
+    return await store_of(request).batch(key_of(request), request.path_params["id"], [ENDPOINT])
 
 
 def _lines(requests: list[OneAsked], most_bytes: int) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 import msgspec
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Scope
 
 from dapji.errors import DapjiError
@@ -220,3 +221,9 @@ class BatchRunner:
         with suppress(Exception):
             await self._routes(scope, receive, send)
         return status, answer, msgspec.json.decode(bytes(body))
+
+
+def runner_of(request: Request) -> BatchRunner:
+    """The server's."""
+    runner: BatchRunner = request.app.state.runner
+    return runner

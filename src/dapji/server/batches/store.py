@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import msgspec
+from starlette.requests import Request
 
 from dapji.server.answering import JsonObject, identifier
 from dapji.server.batches.lines import LineError, parse, read_lines
@@ -406,3 +407,9 @@ def _page(
     order = "DESC" if newest_first else "ASC"
     query = f"SELECT * FROM {table} WHERE key = ? AND {kinds} {place} ORDER BY n {order} LIMIT ?"
     return db.execute(query, (key, *values, *bounds, limit)).fetchall()
+
+
+def store_of(request: Request) -> BatchStore:
+    """The server's."""
+    store: BatchStore = request.app.state.batches
+    return store

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dapji.server.answering import JsonObject, identifier, ignored_fields, key_of
-from dapji.server.batches.runner import BatchRunner
-from dapji.server.batches.store import Batch, BatchStore, Status
+from dapji.server.batches.runner import runner_of
+from dapji.server.batches.store import Batch, Status, store_of
 from dapji.server.openai.files import ExpiresAfter, page_of
 from dapji.server.problem import Problem
 from dapji.server.service import Service
@@ -65,8 +65,8 @@ async def create(request: Request) -> Response:
         metadata=asked.metadata,
         output_seconds=None if asked.output_expires_after is None else asked.output_expires_after.seconds,
     )
-    await _store(request).create(batch, "batch")
-    _runner(request).look()
+    await store_of(request).create(batch, "batch")
+    runner_of(request).look()
     return json_response(_told(batch), headers=ignored_fields(left_out))
 
 
@@ -74,7 +74,7 @@ async def create(request: Request) -> Response:
 async def index(request: Request) -> Response:
     """The batches of whoever asks."""
     asked = read_query(request, Page)
-    found = await _store(request).batches(key_of(request), ENDPOINTS, after=asked.after, limit=asked.limit + 1)
+    found = await store_of(request).batches(key_of(request), ENDPOINTS, after=asked.after, limit=asked.limit + 1)
     return json_response(page_of([_told(batch) for batch in found], asked.limit))
 
 
@@ -89,26 +89,16 @@ async def show(request: Request) -> Response:
 async def cancel(request: Request) -> Response:
     """Ends a batch; the answers that it has are kept."""
     read_query(request, NoQuery)
-    batch = await _store(request).cancel((await _batch(request)).id)
+    batch = await store_of(request).cancel((await _batch(request)).id)
     if batch.status != "cancelling":
         told = f"batch {batch.id!r} is {batch.status} and cannot be cancelled any more"
         raise Problem("invalid_request", told, "batch_id")
-    _runner(request).look()
+    runner_of(request).look()
     return json_response(_told(batch))
 
 
-def _store(request: Request) -> BatchStore:
-    store: BatchStore = request.app.state.batches
-    return store
-
-
-def _runner(request: Request) -> BatchRunner:
-    runner: BatchRunner = request.app.state.runner
-    return runner
-
-
 async def _batch(request: Request) -> Batch:
-    return await _store(request).batch(key_of(request), request.path_params["id"], ENDPOINTS)
+    return await store_of(request).batch(key_of(request), request.path_params["id"], ENDPOINTS)
 
 
 def _told(batch: Batch) -> JsonObject:

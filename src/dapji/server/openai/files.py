@@ -10,7 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from dapji.server.answering import JsonObject, key_of
 from dapji.server.batches.form import read_form
-from dapji.server.batches.store import BatchStore, File, Purpose
+from dapji.server.batches.store import File, Purpose, store_of
 from dapji.server.problem import Problem
 from dapji.server.service import Service
 from dapji.server.wire import NoQuery, Reads, Strict, convert, json_response, read_query
@@ -46,7 +46,7 @@ class Page(Strict):
 async def create(request: Request) -> Response:
     """Keeps a file."""
     service: Service = request.app.state.service
-    store = _store(request)
+    store = store_of(request)
     async with store.writing() as (name, body):
         fields, filename = await read_form(request, body, limit=service.settings.max_file)
         asked, _ = convert({"file": filename} | _nested(fields), Uploaded, strict=False)
@@ -59,7 +59,7 @@ async def index(request: Request) -> Response:
     """The files of whoever asks."""
     asked = read_query(request, Page)
     purposes = PURPOSES if asked.purpose is None else (asked.purpose,)
-    found = await _store(request).files(
+    found = await store_of(request).files(
         key_of(request), purposes, after=asked.after, limit=asked.limit + 1, newest_first=asked.order == "desc"
     )
     return json_response(page_of([_told(file) for file in found], asked.limit))
@@ -77,7 +77,7 @@ async def content(request: Request) -> Response:
     """A file's bytes."""
     read_query(request, NoQuery)
     file = await _file(request)
-    path = _store(request).body(file.id)
+    path = store_of(request).body(file.id)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
@@ -86,7 +86,7 @@ async def delete(request: Request) -> Response:
     """Deletes a file and its bytes."""
     read_query(request, NoQuery)
     file = await _file(request)
-    await _store(request).delete(key_of(request), file.id)
+    await store_of(request).delete(key_of(request), file.id)
     return json_response({"id": file.id, "object": "file", "deleted": True})
 
 
@@ -97,14 +97,9 @@ def page_of(found: list[JsonObject], limit: int) -> JsonObject:
     return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": len(found) > limit}
 
 
-def _store(request: Request) -> BatchStore:
-    store: BatchStore = request.app.state.batches
-    return store
-
-
 async def _file(request: Request) -> File:
     name: str = request.path_params["id"]
-    file = await _store(request).file(key_of(request), name)
+    file = await store_of(request).file(key_of(request), name)
     if file.purpose not in PURPOSES:
         raise Problem("not_found", f"there is no file {name!r} here", "file_id")
     return file

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import asdict
+from functools import cache
 
 import msgspec
 from starlette.requests import Request
@@ -76,6 +77,10 @@ class History:
         return [sample for sample in self._samples if sample.time > moment]
 
 
+_machine = cache(describe_machine)
+"""Asked by every look at the page; what is shown of it does not change."""
+
+
 class Since(Strict):
     since: float = 0.0
     """Samples after this time, in seconds since 1970."""
@@ -87,7 +92,7 @@ async def show(request: Request) -> Response:
     asked = read_query(request, Since)
     service: Service = request.app.state.service
     history: History = request.app.state.history
-    machine = await asyncio.to_thread(describe_machine)
+    machine = await asyncio.to_thread(_machine)
     totals: JsonObject = asdict(service.metrics.totals)
     return json_response(
         {
