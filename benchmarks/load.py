@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise, product
 from pathlib import Path
@@ -171,8 +171,10 @@ def llama_server(path: Path, threads: int, n: int, flags: peer.Flags) -> Iterato
         yield Running(port, process)
 
 
-async def load(server: Running, questions: Questions, n: int, seconds: float, settling: float) -> Results:
-    """n streams, one request after another in each, for so long after they have settled."""
+async def load(
+    server: Running, questions: Questions, n: int, seconds: float, settling: float
+) -> tuple[Results, dict[int, str]]:
+    """n streams, one request after another in each, for so long after they have settled; and their answers."""
     start = perf_counter()
     begin, end = start + settling, start + settling + seconds
     numbers, answers, memory = count(), dict[int, Answer](), list[tuple[float, int]]()
@@ -200,7 +202,7 @@ async def load(server: Running, questions: Questions, n: int, seconds: float, se
     whole = [answer for answer in answers.values() if answer.arrived]
     firsts = sorted(answer.arrived[0] - answer.sent for answer in whole if answer.sent >= begin)
     pauses = [later - earlier for answer in whole for earlier, later in pairwise(answer.arrived)]
-    return {
+    measured = {
         "seconds": seconds,
         "answers": len(answers),
         "errors": errors,
@@ -208,8 +210,8 @@ async def load(server: Running, questions: Questions, n: int, seconds: float, se
         "first": [firsts[int((len(firsts) - 1) * share)] for share in (0.5, 0.95, 1) if firsts],
         "longest_pause": max(pauses),
         "memory": memory,
-        "texts": {i: answer.text for i, answer in answers.items()},
     }
+    return measured, {i: answer.text for i, answer in answers.items()}
 
 
 async def alone(server: Running, questions: Questions, texts: dict[int, str], n: int) -> Results:
@@ -235,31 +237,22 @@ def measure(arguments: argparse.Namespace, results: Results) -> Iterator[None]:
     questions = Questions(open_files(path).tokenizer())
     row: Results = {"streams": n, "threads": threads}
 
-    def under_load(what: str, running: AbstractContextManager[Running], seconds: float, settling: float) -> Results:
-        print(f"{name}, {n} streams: {what}, {seconds:.0f} s", file=sys.stderr)
-        with running as server:
-            measured = asyncio.run(load(server, questions, n, seconds, settling))
-            texts = measured.pop("texts")
-            if what == "Dapji":
-                measured["alone"] = asyncio.run(alone(server, questions, texts, arguments.alone))
-        if what != "Dapji" and measured["errors"]:
+    def other(flags: peer.Flags, seconds: float, settling: float) -> Results:
+        print(f"{name}, {n} streams: llama-server, {named(flags)}, {seconds:.0f} s", file=sys.stderr)
+        with llama_server(path, threads, n, flags) as server:
+            measured, _ = asyncio.run(load(server, questions, n, seconds, settling))
+        if measured["errors"]:
             raise SystemExit(f"llama-server failed: {measured['errors'][0]}")
         return measured
 
-    tried = {
-        flags: under_load(f"llama-server {named(flags)}", llama_server(path, threads, n, flags), 10, 6)["rate"]
-        for flags in product((1, 0), repeat=3)
-    }
+    tried = {flags: other(flags, 10, 6)["rate"] for flags in product((1, 0), repeat=3)}
     best = max(tried, key=lambda flags: tried[flags])
-    row |= {"flags": named(best), "peer": []}
-
-    def other() -> None:
-        running = llama_server(path, threads, n, best)
-        row["peer"].append(under_load("llama-server", running, arguments.peer_seconds / 2, SETTLING))
-
-    other()
-    row["dapji"] = under_load("Dapji", dapji(path, threads, n), arguments.seconds, SETTLING)
-    other()
+    row |= {"flags": named(best), "peer": [other(best, arguments.peer_seconds / 2, SETTLING)]}
+    print(f"{name}, {n} streams: Dapji, {arguments.seconds:.0f} s", file=sys.stderr)
+    with dapji(path, threads, n) as server:
+        row["dapji"], texts = asyncio.run(load(server, questions, n, arguments.seconds, SETTLING))
+        row["dapji"]["alone"] = asyncio.run(alone(server, questions, texts, arguments.alone))
+    row["peer"].append(other(best, arguments.peer_seconds / 2, SETTLING))
     with dapji(path, threads, n) as server:
         row["prefix"] = asyncio.run(behind_prefix(server, questions, arguments.rounds))
     with peer.server(path, n=1, context=8192, threads=threads, flags=best) as (port, process):
