@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import Dapji
+from serving import Served
 
 from dapji.cli.serve import command
 from dapji.server.authority import Authority
@@ -39,29 +40,8 @@ LONG: dict[str, Any] = {
 SHORT: dict[str, Any] = {"model": "answer", "messages": LONG["messages"], "temperature": 0}
 
 
-class Served:
-    """`dapji serve` with two tiny models."""
-
-    def __init__(self, models: list[Path], home: Path, *options: str | Path) -> None:
-        started = [sys.executable, "-m", "dapji", "serve", *models, "--port", "0", "--context", f"{CONTEXT}"]
-        started += options
-        self.process = subprocess.Popen(
-            list(map(str, started)), stderr=subprocess.PIPE, text=True, env=os.environ | {"DAPJI_HOME": str(home)}
-        )
-        self.lines: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if line.startswith("listening on "):
-                break
-        self.url = self.lines[-1].split()[-1]
-        self._reading = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or []))
-        self._reading.start()
-
-    def ended(self) -> int:
-        code = self.process.wait(20)
-        self._reading.join()
-        return code
+class Models(Served):
+    """With two tiny models."""
 
     def ask(self, **options: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=SHORT, timeout=30, **options)
@@ -76,26 +56,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-Serve = Callable[..., Served]
+Serve = Callable[..., Models]
 
 
 @pytest.fixture
 def serve(models: list[Path], home: Path) -> Iterator[Serve]:
-    started: list[Served] = []
+    started: list[Models] = []
 
-    def start(*options: str | Path) -> Served:
-        started.append(Served(models, home, *options))
+    def start(*options: str | Path) -> Models:
+        started.append(Models(home, *models, "--context", f"{CONTEXT}", *options))
         return started[-1]
 
     yield start
     for served in started:
-        served.process.kill()
-        served.ended()
-        assert served.process.stderr is not None
-        served.process.stderr.close()
+        served.kill()
 
 
-def streaming(served: Served, **more: int) -> tuple[threading.Thread, list[str]]:
+def streaming(served: Models, **more: int) -> tuple[threading.Thread, list[str]]:
     """An answer that has begun, and its lines as they come."""
     lines: list[str] = []
 
@@ -134,7 +111,7 @@ def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(serve: Serve, 
     assert not any("Traceback" in line for line in served.lines), served.lines
 
 
-def wait_for_refusal(served: Served) -> httpx.Response:
+def wait_for_refusal(served: Models) -> httpx.Response:
     end = time.monotonic() + 5
     while (answer := served.ask()).status_code != 503:
         assert time.monotonic() < end

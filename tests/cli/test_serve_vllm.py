@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -22,6 +21,7 @@ import httpx
 import openai
 import pytest
 from in_process import Dapji
+from serving import Served
 
 from tiny import SCRIPT, write_tiny
 from vllm_cases import write_folder
@@ -36,23 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("vllm") / "tiny")
 
 
-class Served:
-    """`dapji serve --engine vllm` on a port of its own."""
-
-    def __init__(self, folder: Path, home: Path, *options: str) -> None:
-        started = [sys.executable, "-m", "dapji", "serve", str(folder), "--port", "0", "--engine", "vllm", *options]
-        self.process = subprocess.Popen(
-            started, stderr=subprocess.PIPE, text=True, env=os.environ | {"DAPJI_HOME": str(home)}
-        )
-        self.lines: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if line.startswith("listening on "):
-                break
-        self.url = self.lines[-1].split()[-1]
-        self._reading = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or []))
-        self._reading.start()
+class OnVllm(Served):
+    """With the stand-in."""
 
     @property
     def socket(self) -> Path:
@@ -61,32 +46,24 @@ class Served:
         assert found is not None
         return Path(found[1])
 
-    def ended(self) -> int:
-        code = self.process.wait(20)
-        self._reading.join()
-        return code
 
-
-Serve = Callable[..., Served]
+Serve = Callable[..., OnVllm]
 
 
 @pytest.fixture
 def serve(folder: Path, home: Path) -> Iterator[Serve]:
-    started: list[Served] = []
+    started: list[OnVllm] = []
 
-    def start(*options: str) -> Served:
-        started.append(Served(folder, home, *options))
+    def start(*options: str) -> OnVllm:
+        started.append(OnVllm(home, folder, "--engine", "vllm", *options))
         return started[-1]
 
     yield start
     for served in started:
-        served.process.kill()
-        served.ended()
-        assert served.process.stderr is not None
-        served.process.stderr.close()
+        served.kill()
 
 
-def streaming(served: Served) -> tuple[threading.Thread, list[str]]:
+def streaming(served: OnVllm) -> tuple[threading.Thread, list[str]]:
     """An answer that has begun, and its lines as they come."""
     lines: list[str] = []
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,25 @@ def serving(model: Path, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], 
             process.kill()
 
 
+def kill_amid_streams(
+    model: Path, home: Path, keep_asking: Callable[[str], None], enough: threading.Event, database: str
+) -> None:
+    """keep_asking: a client, until the server is gone. enough: set when enough was told."""
+    with serving(model, home) as (process, url):
+        threads = [threading.Thread(target=keep_asking, args=(url,)) for _ in range(STREAMS)]
+        for thread in threads:
+            thread.start()
+        assert enough.wait(120)
+        running = httpx.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    assert re.search(r"^dapji_requests_running [1-9]", running, re.MULTILINE), "some were under way"
+    with sqlite3.connect(home / "server" / database) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+
+
 def test_stored_responses_outlive_a_kill(tmp_path: Path) -> None:
     script = [f"{i} " for i in range(150)] + SCRIPT  # long enough that most are under way at any time
     model = write_tiny(tmp_path / "model.gguf", script)
@@ -60,20 +79,7 @@ def test_stored_responses_outlive_a_kill(tmp_path: Path) -> None:
             except (openai.APIError, httpx.HTTPError):
                 return  # the server is gone
 
-    with serving(model, tmp_path) as (process, url):
-        threads = [threading.Thread(target=keep_asking, args=(url,)) for _ in range(STREAMS)]
-        for thread in threads:
-            thread.start()
-        assert enough.wait(120)
-        running = httpx.get(f"{url}/metrics").text
-        process.send_signal(signal.SIGKILL)
-        for thread in threads:
-            thread.join()
-    assert re.search(r"^dapji_requests_running [1-9]", running, re.MULTILINE), "some were under way"
-    store = tmp_path / "server" / "responses.db"
-    with sqlite3.connect(store) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
+    kill_amid_streams(model, tmp_path, keep_asking, enough, "responses.db")
     with serving(model, tmp_path) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         for id, text in kept.items():
             assert client.responses.retrieve(id).output_text == text
@@ -112,19 +118,7 @@ def test_conversations_of_the_page_outlive_a_kill(tmp_path: Path) -> None:
         except httpx.HTTPError:
             return  # the server is gone
 
-    with serving(model, tmp_path) as (process, url):
-        threads = [threading.Thread(target=keep_asking, args=(url,)) for _ in range(STREAMS)]
-        for thread in threads:
-            thread.start()
-        assert enough.wait(120)
-        running = httpx.get(f"{url}/metrics").text
-        process.send_signal(signal.SIGKILL)
-        for thread in threads:
-            thread.join()
-    assert re.search(r"^dapji_requests_running [1-9]", running, re.MULTILINE), "some were under way"
-    with sqlite3.connect(tmp_path / "server" / "conversations.db") as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
+    kill_amid_streams(model, tmp_path, keep_asking, enough, "conversations.db")
     with serving(model, tmp_path) as (_, url), httpx.Client(base_url=url) as page:
         for name, turns in told.items():
             kept = {turn["number"]: turn for turn in page.get(f"/page/conversations/{name}").json()["turns"]}
