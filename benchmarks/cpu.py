@@ -35,7 +35,7 @@ import cpu_figures
 import peer
 from dapji.evaluation.machine import describe_machine
 from dapji.evaluation.speed import Work
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.weights import store
 from random_model import cut, llama_8b, write_random
 

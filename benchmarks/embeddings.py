@@ -31,7 +31,7 @@ import numpy as np
 import peer
 import report
 from cpu import find_model, named
-from dapji.model import open_files
+from dapji.files import open_files
 from load import dapji
 from streams import TEXT
 

@@ -38,7 +38,7 @@ from typing import Any
 import peer
 import report
 from cpu import find_model, named
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.tokenizer import Tokenizer
 
 ANSWER = 128

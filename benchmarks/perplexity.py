@@ -24,7 +24,7 @@ from pathlib import Path
 
 import peer
 from dapji.evaluation.speed import Work
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.ops.reference import KvFormat
 from dapji.weights import store
 

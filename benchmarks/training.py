@@ -58,7 +58,7 @@ def ours(pipe: Connection, name: str, adapter: bool, data: Path, steps: int) -> 
     """Takes a step each time that it is asked, and sends a `Step`."""
     import torch
 
-    from dapji.model import open_files
+    from dapji.files import open_files
     from dapji.models.torch_executor import load_weights
     from dapji.training.checkpoints import Checkpoints
     from dapji.training.network import Network
@@ -144,7 +144,7 @@ def theirs(pipe: Connection, folder: str, adapter: bool, data: Path, steps: int)
 
 def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[None]:
     from dapji.evaluation.machine import describe_machine
-    from dapji.model import open_files
+    from dapji.files import open_files
     from dapji.weights.convert import write_folder
 
     files = open_files(arguments.model)

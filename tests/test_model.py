@@ -29,7 +29,8 @@ from dapji.errors import (
     TokenizerError,
     UsageError,
 )
-from dapji.model import CHAT_SAMPLING, Model, open_files
+from dapji.files import CHAT_SAMPLING, open_files
+from dapji.model import Model
 from dapji.models.size import cached_bytes
 from dapji.ops.batch import KV_BLOCK
 from dapji.weights.files import TensorToWrite

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.models import families
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
 from dapji.ops.rope import RopeConfig

@@ -10,7 +10,7 @@ from in_process import Dapji
 
 from dapji.evaluation.machine import Limits
 from dapji.evaluation.speed import Work
-from dapji.model import open_files
+from dapji.files import open_files
 
 SMALL = ["--prompt", "20", "--decode", "4", "--repeats", "3", "--executor", "reference"]
 

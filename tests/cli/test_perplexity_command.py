@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from in_process import Dapji
 
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.models.executor import ReferenceExecutor
 from dapji.ops.batch import Batch
 

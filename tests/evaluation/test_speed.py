@@ -13,7 +13,7 @@ from dapji.errors import UsageError
 from dapji.evaluation import speed as module
 from dapji.evaluation.machine import Limits
 from dapji.evaluation.speed import Speed, Work, measure_speed
-from dapji.model import Files, open_files
+from dapji.files import Files, open_files
 from dapji.models.executor import ReferenceExecutor
 from dapji.ops.batch import Batch
 from tiny import write_tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from byte_tokenizers import Tokenizers, make_tokenizers
-from dapji.model import Files, open_files
+from dapji.files import Files, open_files
 from tiny import CHATML, CONTROL, SCRIPT, write_tiny
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import tiny_training as tiny
 import torch
 import torch.nn.functional as F
 from test_network import gradients
@@ -18,9 +17,11 @@ from test_preference import same_gradients
 from test_trainer import oracle
 from test_tune import lines
 
+import tiny_training as tiny
 from byte_tokenizers import Tokenizers
 from dapji.errors import ConfigError, UsageError
 from dapji.model import load
+from dapji.proof.lineage import read_lineage
 from dapji.training import loss
 from dapji.training.data.dataset import Dataset
 from dapji.training.data.encoding import Sample, Sequence
@@ -148,8 +149,9 @@ def test_a_run_comes_nearer_to_its_teacher(teacher: Path, tmp_path: Path) -> Non
     metrics = lines(tmp_path / "run")
     assert metrics[-1]["evaluation_kl"] < 0.7 * metrics[0]["evaluation_kl"]
     assert metrics[-1]["evaluation_loss"] == pytest.approx(metrics[-1]["evaluation_kl"])
-    lineage = json.loads((tmp_path / "run" / "dapji.json").read_text())["lineage"]
-    assert list(lineage["teacher"]["files"]) == ["teacher.gguf"]
+    lineage = read_lineage(tmp_path / "run")
+    assert lineage is not None
+    assert [list(each.files) for each in lineage.parents if each.role == "teacher"] == [["teacher.gguf"]]
 
 
 def test_what_the_teacher_has_said_is_kept_when_a_run_is_cut_off(teacher: Path, tmp_path: Path) -> None:
@@ -193,7 +195,9 @@ def test_a_student_learns_from_what_its_teacher_thinks_of_its_answers(teacher: P
         assert line["reward"] == pytest.approx(np.mean(line["advantages"]))
     rewards = [line["reward"] for line in lines(tmp_path / "run") if "reward" in line]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15
-    assert "teacher" in json.loads((tmp_path / "run" / "dapji.json").read_text())["lineage"]
+    lineage = read_lineage(tmp_path / "run")
+    assert lineage is not None
+    assert [each.role for each in lineage.parents] == ["base", "teacher"]
 
 
 def test_a_teacher_with_other_tokens_is_refused(both: Tokenizers, teacher: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import tiny_training as tiny
 import torch
 
+import tiny_training as tiny
 from dapji.errors import ConfigError
 from dapji.ops.formats import FORMATS
 from dapji.ops.tensor import Tensor

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import tiny_training as tiny
 import torch
 import torch.nn.functional as F
 import transformers
@@ -24,6 +23,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+import tiny_training as tiny
 from dapji.errors import FormatError
 from dapji.models import families
 from dapji.ops.tensor import Tensor

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_training as tiny
 import torch
 from test_network import gradients
 from test_preference import as_hf, gradients_of, same_gradients
@@ -22,8 +21,9 @@ from test_tune import exact, lines
 from trl import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
+import tiny_training as tiny
 from dapji.errors import FormatError, TrainingError, UsageError
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.ops.tensor import Tensor
 from dapji.training.actor import Actor
 from dapji.training.data.prompts import Prompt

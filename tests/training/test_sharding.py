@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_training as tiny
 import torch
 from test_tune import LORA, lines
 
+import tiny_training as tiny
 from dapji.training.settings import read_recipe
 from dapji.training.tune import tune
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapji.errors import ContextError, FormatError
-from dapji.model import Files
+from dapji.files import Files
 from dapji.models.executor import ReferenceExecutor
 from dapji.ops.batch import KV_BLOCK, Batch
 from dapji.training.data.dataset import Dataset

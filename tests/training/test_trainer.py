@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_training as tiny
 import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 
+import tiny_training as tiny
 from dapji.errors import TrainingError
 from dapji.models import families
 from dapji.ops.tensor import Tensor

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_training as tiny
 import torch
 import transformers
 from peft import PeftModel
 
+import tiny_training as tiny
 from dapji.errors import ConfigError, ModelNotFound, UsageError
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.models.torch_executor import load_weights, sequence_logits
 from dapji.ops.torch import TorchTables
+from dapji.proof.lineage import read_lineage
 from dapji.training.run_data import RunData
 from dapji.training.settings import Recipe, read_recipe, write_recipe
 from dapji.training.tune import Planned, tune
@@ -64,11 +65,13 @@ def test_a_whole_model_loads_in_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, two layers
     before, after = (line["evaluation_loss"] for line in (lines(out)[0], lines(out)[-1]))
     assert after < before - 0.5
-    lineage = json.loads((out / "dapji.json").read_text())["lineage"]
-    assert list(lineage["base"]["files"]) == ["tiny.gguf"]
-    assert [file["file"] for file in lineage["data"]["train"]] == [str(tmp_path / "train.jsonl")]
-    assert lineage["recipe"]["seed"] == 0
-    assert lineage["steps"] == lines(out)[-1]["step"]
+    lineage = read_lineage(out)
+    assert lineage is not None
+    assert [(each.role, list(each.files)) for each in lineage.parents] == [("base", ["tiny.gguf"])]
+    names = {each.use: each.file for each in lineage.data}
+    assert names == {"train": str(tmp_path / "train.jsonl"), "evaluate": str(tmp_path / "held-out.jsonl")}
+    assert lineage.settings["seed"] == 0
+    assert lineage.outcome["steps"] == lines(out)[-1]["step"]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -91,7 +91,7 @@ def check(
     """
     from tqdm import tqdm
 
-    from dapji.model import open_files
+    from dapji.files import open_files
     from dapji.training.data.encoding import Encoder
     from dapji.training.data.reading import Reader
     from dapji.training.data.report import check as check_files

@@ -151,7 +151,8 @@ def command(
 
         if tls_self_signed:
             from dapji.server.authority import Authority
-    from dapji.model import load, open_files
+    from dapji.files import open_files
+    from dapji.model import load
     from dapji.server import keys
     from dapji.server.log import configure
     from dapji.server.registry import Registry

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dapji.errors import DapjiError, ModelNotFound
-from dapji.model import Model, default_context, open_files
+from dapji.files import default_context, open_files
+from dapji.model import Model
 from dapji.server.problem import Problem
 from dapji.weights import store
 

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from dapji.engine import BaseEngine
-from dapji.model import Files, load, open_files
+from dapji.files import Files, open_files
+from dapji.model import load
 from dapji.models.executor import ExecutorKind, default_kind
 from dapji.training.actor import Actor
 from dapji.training.data.packing import fill

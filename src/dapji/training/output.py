@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import dapji
-from dapji.model import Files, open_files
+from dapji.files import Files
 from dapji.models.adapter import Adapter
 from dapji.ops.tensor import Tensor
+from dapji.proof.lineage import DataFile, Lineage, Parent, Use, data_file, parent, versions, write_lineage
 from dapji.training.actor import lora_pairs
 from dapji.training.checkpoints import Progress
 from dapji.training.network import Network
-from dapji.training.run_data import file_hash
-from dapji.training.settings import DistillSettings, OnPolicySettings, Recipe
+from dapji.training.settings import DistillSettings, GrpoSettings, OnPolicySettings, Recipe
 from dapji.weights.adapter_file import write_adapter
 from dapji.weights.convert import write_folder
-from dapji.weights.files import replacing
-from dapji.weights.sources_base import model_files
-
-RECORD = "dapji.json"
-"""Written last: a folder that has it is whole."""
+from dapji.weights.sources_base import sha256_file
 
 
 def gathered(network: Network) -> dict[str, Tensor]:
@@ -52,10 +44,9 @@ def write(
     trained: Mapping[str, Tensor],
     *,
     progress: Progress,
-    data: Mapping[str, Any],
+    data: Mapping[Use, Sequence[Mapping[str, str]]],
 ) -> None:
-    """trained: as `gathered` gives it. data: the hashes of the files that were learned from."""
-    method = recipe.method
+    """trained: as `gathered` gives it. data: the files that were learned from, as `RunData.record` has them."""
     if recipe.lora is None:
         whole = folder / "whole"
         shutil.rmtree(whole, ignore_errors=True)
@@ -66,31 +57,34 @@ def write(
     else:
         pairs = lora_pairs(files.config, recipe.lora, trained)
         write_adapter(folder, files.config, Adapter(pairs=pairs), base=recipe.model)
-    lineage = {
-        "base": origin(files, recipe.model),
-        **(
-            {"teacher": origin(open_files(method.teacher), method.teacher)}
-            if isinstance(method, DistillSettings | OnPolicySettings)
-            else {}
+    # written last: a folder that has it is whole
+    write_lineage(
+        folder,
+        Lineage(
+            kind="tune",
+            parents=tuple(_parents(recipe)),
+            data=tuple(_data_files(recipe, data)),
+            settings=msgspec.to_builtins(recipe),
+            outcome={
+                "steps": progress.step,
+                "trained_tokens": progress.trained_tokens,
+                "seconds": progress.seconds,
+            },
+            versions=versions("torch"),
         ),
-        "data": data,
-        "recipe": msgspec.to_builtins(recipe),
-        "steps": progress.step,
-        "trained_tokens": progress.trained_tokens,
-        "seconds": progress.seconds,
-        "versions": {"dapji": dapji.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    with replacing(folder / RECORD) as file:
-        file.write(json.dumps({"lineage": lineage}, indent=2, ensure_ascii=False).encode() + b"\n")
+    )
 
 
-def origin(files: Files, name: str) -> dict[str, Any]:
-    """What a model is made of: the hash of every file, and its own lineage, where it has one."""
-    path = files.checkpoint.path
-    names = [path.name] if path.is_file() else sorted(model_files([p.name for p in path.iterdir()], str(path)))
-    folder = path.parent if path.is_file() else path
-    found: dict[str, Any] = {"model": name, "files": {each: file_hash(folder / each) for each in names}}
-    record = folder / RECORD
-    if record.exists() and "lineage" in (own := json.loads(record.read_text(encoding="utf-8"))):
-        found["lineage"] = own["lineage"]
-    return found
+def _parents(recipe: Recipe) -> Iterator[Parent]:
+    yield parent("base", recipe.model)
+    if isinstance(recipe.method, DistillSettings | OnPolicySettings):
+        yield parent("teacher", recipe.method.teacher)
+
+
+def _data_files(recipe: Recipe, data: Mapping[Use, Sequence[Mapping[str, str]]]) -> Iterator[DataFile]:
+    for use, files in data.items():
+        for each in files:
+            yield data_file(use, each["file"], each["sha256"], recipe.data.licences.get(each["file"]))
+    if isinstance(recipe.method, GrpoSettings):
+        path, _, _ = recipe.method.reward.rpartition(":")
+        yield data_file("reward", path, sha256_file(Path(path)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dapji.errors import FormatError, UsageError
-from dapji.model import Files
+from dapji.files import Files
 from dapji.training.data.dataset import Dataset
 from dapji.training.data.encoding import Encoder, Sample
 from dapji.training.data.prompts import Prompt, read_prompts
@@ -21,6 +20,7 @@ from dapji.training.kto_data import mismatched
 from dapji.training.settings import Recipe, RolloutSettings
 from dapji.training.sharding import is_first, together
 from dapji.weights.files import replacing
+from dapji.weights.sources_base import sha256_file
 
 _KINDS = {
     "texts": "conversations, prompts with completions, and texts",
@@ -123,7 +123,7 @@ def _prepare_prompts(recipe: Recipe, files: Files, folder: Path) -> dict[str, An
 
 
 def _hashes(paths: Sequence[str]) -> list[dict[str, str]]:
-    return [{"file": path, "sha256": file_hash(Path(path))} for path in paths]
+    return [{"file": path, "sha256": sha256_file(Path(path))} for path in paths]
 
 
 def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
@@ -155,8 +155,3 @@ def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
 
 def _kind(sample: Sample) -> str:
     return "rated" if sample.good is not None else "pairs" if len(sample.sequences) > 1 else "texts"
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeAlias
@@ -49,6 +50,12 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Cut longer examples, which are refused otherwise."""
     skip_invalid: bool = False
     """Leave out rows that cannot be learned, which are refused otherwise."""
+    licences: dict[str, str] = {}
+    """File of `train` or `evaluate` -> the licence that it is under, for the lineage; mostly a name of SPDX."""
+
+    def __post_init__(self) -> None:
+        for file in self.licences.keys() - {*self.train, *self.evaluate}:
+            raise ValueError(f"data.licences names {file!r}, which is none of the files that are used")
 
 
 class LoraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -288,9 +295,15 @@ def _write_table(table: dict[str, object], name: str, lines: list[str]) -> None:
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
     # JSON's strings, numbers and lists of them are TOML's too; what is None is left out
     plain = {key: value for key, value in table.items() if key not in tables and value is not None}
-    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    lines += [f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
     for key, value in tables.items():
-        _write_table(value, f"{name}.{key}" if name else key, lines)
+        if value:
+            _write_table(value, f"{name}.{key}" if name else key, lines)
+
+
+def _key(key: str) -> str:
+    """A bare key where TOML allows it, else a quoted one: the name of a file."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _merge(into: dict[str, object], other: dict[str, object]) -> None:

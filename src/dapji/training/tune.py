@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from dapji.errors import ConfigError, UsageError
-from dapji.model import Files, open_files
+from dapji.files import Files, open_files
 from dapji.models.config import weight_shapes
 from dapji.models.torch_executor import find_device, load_weights
+from dapji.proof.record import record_path
 from dapji.training import output
 from dapji.training.checkpoints import Checkpoints, whole_ones
 from dapji.training.methods import DATA, ROLLOUTS, make_method, open_sources
@@ -72,7 +73,7 @@ def tune(
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
-    if (folder / output.RECORD).exists():
+    if record_path(folder).exists():
         raise UsageError(f"{folder}: a finished run", hint="give another output, or remove it")
     path = folder / RECIPE
     if not path.exists() and folder.exists() and any(folder.iterdir()):

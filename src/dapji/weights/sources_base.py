@@ -120,11 +120,11 @@ def copy_stream(source: IO[bytes], targets: Iterable[Callable[[bytes], object]])
             target(chunk)
 
 
-def sha256_file(path: Path, progress: Progress) -> str:
+def sha256_file(path: Path, progress: Progress | None = None) -> str:
     digest = hashlib.sha256()
     with (
         path.open("rb") as file,
-        progress.bar(f"verifying {path.name}", path.stat().st_size) as advance,
+        (progress or Silent()).bar(f"verifying {path.name}", path.stat().st_size) as advance,
     ):
         copy_stream(file, (digest.update, lambda chunk: advance(len(chunk))))
     return digest.hexdigest()

@@ -96,7 +96,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         if tokenizer is None
         else {tokenizer.token_bytes(i).decode("utf-8", "replace"): i for i in sorted(tokenizer.stop_ids)},
         templates={} if tokenizer is None else tokenizer.chat_templates,
-        licence=_string(metadata, "general.license") if gguf else folder_licence(checkpoint.path),
+        licence=licence_of(checkpoint),
     )
 
 
@@ -143,6 +143,13 @@ def _hf_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if scaling and scaling != {"rope_type": "default"}:
         rope["scaling"] = scaling
     return rope
+
+
+def licence_of(checkpoint: Checkpoint) -> str | None:
+    """As a GGUF file's header or a folder's README.md names it."""
+    if checkpoint.kind == "gguf":
+        return _string(checkpoint.metadata, "general.license")
+    return folder_licence(checkpoint.path)
 
 
 def folder_licence(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from dapji import __version__
 from dapji.chat.formats import AnswerFormat
-from dapji.model import Files, open_files
+from dapji.files import Files, open_files
 from dapji.models.size import parameters
 from dapji.server.answering import JsonObject, ignored_fields
 from dapji.server.registry import Served

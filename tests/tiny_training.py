@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.models import families
 from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig, weight_shapes
 from dapji.models.torch_executor import load_weights

@@ -1,0 +1,8 @@
+"""What travels with a model as its proof, in a file beside it: where it came from, and how it behaves.
+
+record        `dapji.json`, part by part, each with its own digest
+lineage       the files, data, settings and versions that a model was made of, and its parents' lineages
+licences      what the licences of all these ask for
+
+Sits above what opens files and runs engines, below what loads a model to answer. Knows no terminal.
+"""

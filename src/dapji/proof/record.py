@@ -1,0 +1,86 @@
+"""`dapji.json`: what Dapji wrote down about a file or a folder, in parts, each of which has its digest beside it.
+
+Of a folder it lies inside; of any file, a GGUF model as well as a file of examples, beside it as `NAME.dapji.json`. A
+part is a msgspec struct; `lineage` and `certificate` say what theirs hold. The store has a part of its own there. A
+digest tells of a change that nobody meant: whoever means one can write another digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from dapji.errors import FormatError
+from dapji.weights.files import replacing
+
+NAME = "dapji.json"
+
+Part = Literal["lineage", "certificate"]
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    lineage: dict[str, Any] | None = None
+    certificate: dict[str, Any] | None = None
+    store: dict[str, Any] | None = None
+    sha256: dict[Part, str] = {}
+    """Of each part as `_digest` counts it."""
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of a folder, or of a file (of a split GGUF the first), lies."""
+    return path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
+
+
+def read_part(path: Path, part: Part, kind: type[T]) -> T | None:
+    """A part of the record of a file or folder; None where there is none.
+
+    Raises FormatError where the record is damaged, or the part is not what it was when it was written.
+    """
+    file = record_path(path)
+    record = _read(file)
+    value = getattr(record, part)
+    if value is None:
+        return None
+    if record.sha256.get(part) != (digest := _digest(value)):
+        raise FormatError(
+            f"{file}: its {part} was changed: the sha256 is {digest}, the file says {record.sha256.get(part)}",
+            hint="take the file from where the model came from",
+        )
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise FormatError(f"{file}: {part}: {error}", hint="another version of Dapji may have written it") from error
+
+
+def write_part(path: Path, part: Part, value: msgspec.Struct) -> None:
+    """Writes a part into the record of a file or folder; other parts stay. Raises FormatError, UsageError."""
+    file = record_path(path)
+    record = _read(file)
+    built = msgspec.to_builtins(value)
+    changed = msgspec.structs.replace(record, **{part: built, "sha256": {**record.sha256, part: _digest(built)}})
+    with replacing(file) as out:
+        out.write(json.dumps(msgspec.to_builtins(changed), indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _read(file: Path) -> _Record:
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return _Record()
+    try:
+        return msgspec.convert(json.loads(data), _Record)
+    except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
+        raise FormatError(
+            f"{file} cannot be read: {error}", hint="take the file from where the model came from"
+        ) from error
+
+
+def _digest(value: dict[str, Any]) -> str:
+    """sha256 of a part written without white space, its keys in order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
