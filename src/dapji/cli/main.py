@@ -29,6 +29,7 @@ COMMANDS = {
     "tune": "Adapt a model to your own examples.",
     "distill": "Write a teacher's answers as examples.",
     "data": "Check examples before a model learns from them.",
+    "eval": "Examine a model with your own questions.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure speed beside what this machine could do.",
     "doctor": "Tell what this machine offers, and what is wrong.",
