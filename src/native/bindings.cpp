@@ -361,6 +361,14 @@ NB_MODULE(_native, m) {
       .def("add_select", &Program::add_select, "buffers"_a)
       .def("add_softcap", &Program::add_softcap, "cap"_a)
       .def("add_adapter", &add_adapter, "number"_a, "changes"_a)
+      .def(
+          "set_magnitude",
+          [](Program& program, int number, int operation, int product, const Floats& magnitude) {
+            const std::vector<float> values = copied(magnitude);
+            const nb::gil_scoped_release release;
+            program.set_magnitude(number, operation, product, values);
+          },
+          "number"_a, "operation"_a, "product"_a, "magnitude"_a)
       .def("remove_adapter", &Program::remove_adapter, "number"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("step", &step, "tokens"_a, "positions"_a, "starts"_a, "blocks"_a, "rows"_a,
            "logits"_a.noconvert(), "hidden_rows"_a = nb::none(), "hidden"_a.noconvert() = nb::none(),

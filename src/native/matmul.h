@@ -66,7 +66,13 @@ struct Quantized {
   }
 };
 
-/// What happens to a finished product r (with bias and terms added) on its way to y.
+/// What an adapter makes of one token's products: r + term, or, with factors, (r + term) * factors before the bias.
+struct RowChange {
+  const float* term;     // from output Epilogue::terms_from on; null: nothing changes
+  const float* factors;  // [N] or none
+};
+
+/// What happens to a finished product r (changed, with bias added) on its way to y.
 struct Epilogue {
   enum class Kind : int {
     store,  // y = r
@@ -76,11 +82,11 @@ struct Epilogue {
   Kind kind = Kind::store;
   Activation activation = Activation::silu;  // of Kind::gate
   const float* bias = nullptr;               // [N] or none
-  const float* const* terms = nullptr;       // [T] or none: per token a row that is added after the bias, null: nothing
-  int64_t terms_from = 0;                    // output of the first value of these rows
+  const RowChange* changes = nullptr;        // [T] or none
+  int64_t terms_from = 0;                    // output of the first value of their terms
 
   /// The same of the tokens from t on.
-  Epilogue from(int64_t t) const { return {kind, activation, bias, terms == nullptr ? nullptr : terms + t, terms_from}; }
+  Epilogue from(int64_t t) const { return {kind, activation, bias, changes == nullptr ? nullptr : changes + t, terms_from}; }
 };
 
 /// Bytes that `linear_q` needs per calling thread, 64-byte aligned; contents do not matter and do not survive.

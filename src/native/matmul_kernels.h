@@ -442,8 +442,11 @@ DAPJI_INLINE void finish(typename S::F r, const PanelsView& w, int64_t p, const 
   const int64_t rest = w.rows - 16 * p;
   const int n = rest < 16 ? static_cast<int>(rest) : 16;
   float* const at = y + static_cast<size_t>(t) * ldy + 16 * p;
+  const RowChange change = e.changes == nullptr ? RowChange{} : e.changes[t];
+  const float* const term = change.term == nullptr ? nullptr : change.term + (16 * p - e.terms_from);
+  if (change.factors != nullptr) r = S::mul(S::add(r, S::load(term, n)), S::load(change.factors + 16 * p, n));
   if (e.bias != nullptr) r = S::add(r, S::load(e.bias + 16 * p, n));
-  if (e.terms != nullptr && e.terms[t] != nullptr) r = S::add(r, S::load(e.terms[t] + (16 * p - e.terms_from), n));
+  if (term != nullptr && change.factors == nullptr) r = S::add(r, S::load(term, n));
   if (e.kind == Epilogue::Kind::add) {
     r = S::add(S::load(at, n), r);
   } else if (e.kind == Epilogue::Kind::gate) {

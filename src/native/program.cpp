@@ -226,8 +226,12 @@ void Program::prepare(const BatchView& batch) {
   partials_.reserve(static_cast<std::size_t>(n_partials_) * partial_floats_);
 }
 
-void Program::step(const BatchView& batch, float* logits, float* hidden) {
+void Program::check_alive() const {
   if (!pool_->alive()) throw std::runtime_error("the model's threads stayed behind when the process was forked");
+}
+
+void Program::step(const BatchView& batch, float* logits, float* hidden) {
+  check_alive();
   const std::lock_guard<std::mutex> lock(mutex_);
   check(batch);
   prepare(batch);
@@ -339,7 +343,7 @@ void Program::multiply(const Linear& op, std::size_t index, const Range& range, 
     const Product& product = op.products[i];
     const PanelsView& w = product.panels->view();
     Epilogue epilogue{product.kind, product.activation, product.bias.empty() ? nullptr : product.bias.data()};
-    epilogue.terms = terms(index, static_cast<int>(i), range, rows, mine);
+    epilogue.changes = changes(index, static_cast<int>(i), range, rows, mine);
     epilogue.terms_from = kLanes * range.from;
     const std::size_t ldy = static_cast<std::size_t>(width(product.output));
     float* const y = (product.output == kLogits ? logits_ : row(product.output, 0)) + rows.from * ldy;

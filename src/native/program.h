@@ -68,12 +68,14 @@ struct Norm {
 };
 
 // What an adapter adds to the products of one linear operation: to that of a part, b h for the `b.cols` values of h from
-// `from` on, where h is a x, each value times its scale. Formats of floats; x before it is rounded.
+// `from` on, where h is a x, each value times its scale. Formats of floats; x before it is rounded. With factors, the sum
+// is multiplied by them before the bias.
 struct LowRank {
   struct Part {
     int product;
     std::shared_ptr<const Panels> b;  // [out, rank]
     int from;
+    std::vector<float> factors = {};  // [out] or empty; set_magnitude makes them
   };
   int operation;
   std::shared_ptr<const Panels> a;  // [sum of ranks, in]
@@ -152,6 +154,10 @@ class Program {
   // What a sequence may choose as `number` from now on: one for each operation that it changes. Throws
   // std::invalid_argument for numbers below 1 or taken, and where shapes do not fit.
   void add_adapter(int number, std::vector<LowRank> changes);
+  // That adapter's change of a product gives each row of the matrix, with what is added to it, this length [out] (DoRA);
+  // a row of zeros stays one. Before the number's first step. Throws std::invalid_argument where there is no such change
+  // or the length does not fit, std::runtime_error as `step`.
+  void set_magnitude(int number, int operation, int product, const std::vector<float>& magnitude);
   // Frees it. Throws std::invalid_argument where there is none.
   void remove_adapter(int number);
 
@@ -247,7 +253,7 @@ class Program {
   };
   struct Worker {
     Scratch matmul, attention, normed, quantized, terms;
-    std::vector<const float*> term_rows;  // of a product's rows, null where there is no term
+    std::vector<RowChange> changes;  // of a product's rows
     RoutingScratch routing;
     Dispatch dispatch;  // of few tokens
   };
@@ -269,6 +275,7 @@ class Program {
     int at, n;
   };
 
+  void check_alive() const;
   float* row(int buffer, int index);
   int width(int buffer) const;
   void check_buffer(int buffer, const char* what) const;
@@ -302,9 +309,9 @@ class Program {
   bool adapts(std::size_t index) const;
   // This worker's share of h, of LowRank, in projected_; x: the operation's input as floats.
   void project(std::size_t index, const float* x, unsigned worker);
-  // What adapters add to the product's panels range.from … range.to, into `mine`: for `Epilogue::terms`; null where
-  // they add nothing.
-  const float* const* terms(std::size_t index, int product, const Range& range, const Rows& rows, Worker& mine);
+  // What adapters change in the product's panels range.from … range.to, in `mine`: for `Epilogue::changes`; null where
+  // they change nothing.
+  const RowChange* changes(std::size_t index, int product, const Range& range, const Rows& rows, Worker& mine);
   void add_attend(Attend op);
   HeadTransform transform(const Attend& op, const std::optional<Norm>& norm) const;
   // y of rows' products with some panels; x: where these are floats, rows side by side.

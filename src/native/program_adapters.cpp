@@ -1,8 +1,10 @@
 // Adapters: what low-rank matrices add to the linear operations, for the rows of the sequences that chose them.
 //
-// h = a x is made once for each row, by all workers together; b h where a product is made, of the same panels. Each value
-// has one order of operations, as everywhere, and a row without an adapter none of it.
+// h = a x is made once for each row, by all workers together; b h where a product is made, of the same panels, and there
+// both are multiplied by what gives the rows of the matrix their lengths. Each value has one order of operations, as
+// everywhere, and a row without an adapter none of it.
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "program.h"
@@ -49,6 +51,46 @@ void Program::add_adapter(int number, std::vector<LowRank> changes) {
   max_many_panels_ = many;
 }
 
+void Program::set_magnitude(int number, int operation, int product, const std::vector<float>& magnitude) {
+  check_alive();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = adapters_.find(number);
+  const bool there = found != adapters_.end() && operation >= 0 && operation < static_cast<int>(found->second.size());
+  LowRank* const change = there ? &found->second[operation] : nullptr;
+  LowRank::Part* part = nullptr;
+  for (std::size_t i = 0; change != nullptr && i < change->parts.size(); ++i) {
+    if (change->parts[i].product == product) part = &change->parts[i];
+  }
+  if (part == nullptr) refuse("magnitude: no such change");
+  const PanelsView& w = std::get<Linear>(operations_[operation]).products[product].panels->view();
+  const PanelsView& b = part->b->view();
+  if (static_cast<std::int64_t>(magnitude.size()) != w.rows) refuse("magnitude: it does not fit");
+  const auto cols = static_cast<std::size_t>(w.cols), rank = static_cast<std::size_t>(b.cols);
+  std::vector<float> a(rank * cols);  // scaled
+  for (std::size_t k = 0; k < rank; ++k) {
+    dequantize_row(change->a->view(), part->from + static_cast<std::int64_t>(k), &a[k * cols]);
+    for (std::size_t i = 0; i < cols; ++i) a[k * cols + i] *= change->scales[part->from + k];
+  }
+  std::vector<float> factors(magnitude.size()), scratch(pool_->size() * (cols + rank));
+  pool_->run([&](unsigned worker) {
+    float *const row = &scratch[worker * (cols + rank)], *const by = row + cols;
+    const std::int64_t n = static_cast<std::int64_t>(pool_->size());
+    for (std::int64_t r = w.rows * worker / n; r < w.rows * (worker + 1) / n; ++r) {
+      dequantize_row(w, r, row);
+      dequantize_row(b, r, by);
+      for (std::size_t k = 0; k < rank; ++k) {
+        for (std::size_t i = 0; i < cols; ++i) row[i] += by[k] * a[k * cols + i];
+      }
+      double squares[8] = {};  // side by side, to keep the processor busy
+      for (std::size_t i = 0; i < cols; ++i) squares[i % 8] += static_cast<double>(row[i]) * row[i];
+      double sum = 0;
+      for (const double square : squares) sum += square;
+      factors[r] = sum > 0 ? static_cast<float>(magnitude[r] / std::sqrt(sum)) : 0.0f;
+    }
+  });
+  part->factors = std::move(factors);
+}
+
 void Program::remove_adapter(int number) {
   Adapter removed;  // freed after the lock: memory may belong to Python, which has a lock of its own
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,7 +126,7 @@ void Program::prepare_adapters() {
   projected_.reserve(static_cast<std::size_t>(n * max_rank_));
   for (Worker& worker : workers_) {
     worker.terms.reserve(static_cast<std::size_t>(kLanes * std::max(few * max_few_panels_, n * max_many_panels_)));
-    worker.term_rows.resize(static_cast<std::size_t>(n));
+    worker.changes.resize(static_cast<std::size_t>(n));
   }
 }
 
@@ -116,7 +158,7 @@ void Program::project(std::size_t index, const float* x, unsigned worker) {
   }
 }
 
-const float* const* Program::terms(std::size_t index, int product, const Range& range, const Rows& rows, Worker& mine) {
+const RowChange* Program::changes(std::size_t index, int product, const Range& range, const Rows& rows, Worker& mine) {
   const std::int64_t n_panels = range.to - range.from, width = kLanes * n_panels;
   bool any = false;
   for (const Run& run : *runs_) {
@@ -125,16 +167,17 @@ const float* const* Program::terms(std::size_t index, int product, const Range& 
     if (from >= to || low_rank == nullptr) continue;
     for (const LowRank::Part& part : low_rank->parts) {
       if (part.product != product) continue;
-      if (!any) std::fill_n(mine.term_rows.begin(), rows.to - rows.from, nullptr);
+      if (!any) std::fill_n(mine.changes.begin(), rows.to - rows.from, RowChange{});
       any = true;
       float* const y = mine.terms.data() + (from - rows.from) * width;
       kernels_.matmul.linear_thin(part.b->view(), projected_.data() + from * max_rank_ + part.from,
                                   static_cast<std::size_t>(max_rank_), to - from, range.from, range.to, y,
                                   static_cast<std::size_t>(width));
-      for (int i = from; i < to; ++i) mine.term_rows[i - rows.from] = y + (i - from) * width;
+      const float* const factors = part.factors.empty() ? nullptr : part.factors.data();
+      for (int i = from; i < to; ++i) mine.changes[i - rows.from] = {y + (i - from) * width, factors};
     }
   }
-  return any ? mine.term_rows.data() : nullptr;
+  return any ? mine.changes.data() : nullptr;
 }
 
 }  // namespace dapji

@@ -31,7 +31,9 @@ def make(name: str, seed: int = 0, **options: Any) -> peft.PeftModel:
     torch.manual_seed(seed)
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
-            if "lora_" in key:
+            if "magnitude" in key:  # of the base's rows at first
+                parameter.mul_(0.5 + torch.rand_like(parameter))
+            elif "lora_" in key:
                 parameter.normal_(0.0, 0.15)
     return adapted.eval()
 

@@ -46,7 +46,7 @@ def zeros(*shape: int) -> Any:
     ("config", "tensors", "message"),
     [
         ({"peft_type": "LOHA"}, {}, "peft_type 'LOHA' is not supported"),
-        ({"use_dora": True}, {}, "use_dora is not supported"),
+        ({"use_dora": True}, {}, r"the adapter lacks .*_proj\.lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save is not supported"),
         ({"bias": "lora_only"}, {}, "bias 'lora_only' is not supported"),
         ({"lora_bias": True}, {}, "lora_bias is not supported"),
@@ -111,9 +111,23 @@ def test_what_adapters_cannot_change_is_named(name: str, targets: dict[str, Any]
         open_adapter(tmp_path, translated(name)[0])
 
 
-def test_dora_is_refused_as_peft_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="use_dora is not supported in an adapter\nhint: merge it into its base"):
-        open_adapter(written(make("llama-3.2", use_dora=True), tmp_path), translated("llama-3.2")[0])
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {f"{Q}.lora_magnitude_vector": zeros(32)},
+            r"q_proj\.lora_magnitude_vector is \[32\], but a row has one of 64",
+        ),
+        ({f"{Q}.lora_magnitude_vector": zeros(1, 64)}, r"magnitude_vector is \[1, 64\], but"),
+        ({f"{Q}.lora_magnitude_vector": None}, r"the adapter lacks .*q_proj\.lora_magnitude_vector"),
+        ({f"{EMBED}.lora_magnitude_vector": zeros(64)}, r"magnitudes without matrices: .*embed_tokens"),
+    ],
+)
+def test_magnitudes_that_do_not_fit_are_named(tensors: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = written(make("llama-3.2", use_dora=True), tmp_path / "dora")
+    changed(folder, tmp_path / "as it is", {}, {})
+    with pytest.raises(ConfigError, match=message):
+        changed(folder, tmp_path / "changed", {}, tensors)
 
 
 def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tiny_models import (
     translated,
 )
 
+from dapji.errors import ConfigError
 from dapji.models import families
 from dapji.models.adapter import Adapter, adaptable
 from dapji.models.torch_executor import load_pairs, load_weights, sequence_logits
@@ -32,6 +33,9 @@ from dapji.ops.low_rank import LowRank
 from dapji.ops.tensor import Tensor
 from dapji.ops.torch import TorchTables
 from dapji.weights.adapter_file import open_adapter, write_adapter
+
+DORA = ("llama-bias", "qwen2", "phi3", "gemma2", "deepseek-v2")
+"""Biases, fused matrices, a norm after each part, and latent attention."""
 
 
 def batch(sequences: list[list[int]], adapters: list[int] | None) -> Batch:
@@ -55,9 +59,13 @@ def adapter_of(name: str, folder: Path, **options: Any) -> tuple[Adapter, NDArra
     return open_adapter(written(model, folder), config), peft_logits(model)
 
 
-@pytest.mark.parametrize(("name", "kind"), DISTINCT)
-def test_executors_compute_what_peft_does(name: str, kind: str, tmp_path: Path) -> None:
-    adapter, expected = adapter_of(name, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "kind", "dora"),
+    [*((*each, False) for each in DISTINCT), *((name, kind, True) for name in DORA for kind in EXECUTORS)],
+)
+def test_executors_compute_what_peft_does(name: str, kind: str, dora: bool, tmp_path: Path) -> None:
+    adapter, expected = adapter_of(name, tmp_path, use_dora=dora)
+    assert all((pair.magnitude is not None) == dora for pair in adapter.pairs.values())
     assert np.abs(expected - oracle_logits(name)).max() > 0.5, "the adapter does something"
     config, tensors = translated(name)
     executor = opened(kind, config, tensors, context=TEXT, n_blocks=2 * TEXT // KV_BLOCK, kv="f32")
@@ -86,9 +94,10 @@ def test_scales_and_ranks_are_as_in_peft(options: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["llama-3.1", "phi3", "exaone4", "gemma2", "qwen2"])
-def test_a_gguf_base_takes_the_same_adapter(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_gguf_base_takes_the_same_adapter(name: str, dora: bool, tmp_path: Path) -> None:
     """Rows in pairs, fused matrices: the file's order of rows is the base's own affair."""
-    adapter, expected = adapter_of(name, tmp_path)
+    adapter, expected = adapter_of(name, tmp_path, use_dora=dora)
     metadata, named = families.to_gguf(*translated(name))
     config, tensors = families.from_gguf(metadata, named)
     again = open_adapter(tmp_path, config)
@@ -99,8 +108,9 @@ def test_a_gguf_base_takes_the_same_adapter(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "phi3", "gemma2"])
-def test_an_adapter_computes_what_peft_merges_into_the_base(name: str, tmp_path: Path) -> None:
-    model = make(name)
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_computes_what_peft_merges_into_the_base(name: str, dora: bool, tmp_path: Path) -> None:
+    model = make(name, use_dora=dora)
     adapter = open_adapter(written(model, tmp_path), translated(name)[0])
     config, merged = read(model.merge_and_unload())
     executor = opened("reference", *translated(name), context=TEXT, kv="f32")
@@ -110,18 +120,20 @@ def test_an_adapter_computes_what_peft_merges_into_the_base(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "phi3", "exaone4", "gemma2"])
-@pytest.mark.parametrize("some", [False, True])
-def test_peft_loads_what_we_write(name: str, some: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["all", "some", "all with magnitudes"])
+def test_peft_loads_what_we_write(name: str, what: str, tmp_path: Path) -> None:
     """Random pairs of ranks and scales of their own for our matrices, all or some, also those that the layout joins."""
     config, tensors = translated(name)
     random = np.random.default_rng(0)
     pairs = {}
     for i, (key, (rows, cols)) in enumerate(adaptable(config).items()):
-        if key != "head" and not (some and i % 3):
+        if key != "head" and not (what == "some" and i % 3):
             a, b = (
                 Tensor.from_float32(key, random.normal(0, 0.1, size).astype("f4")) for size in ((4, cols), (rows, 4))
             )
-            pairs[key] = LowRank(a=a, b=b, scale=2.0 if i % 2 else 1.5)
+            lengths = np.linalg.norm(tensors[key].float32(), axis=1) * random.uniform(0.5, 2, rows).astype("f4")
+            magnitude = lengths if what == "all with magnitudes" else None
+            pairs[key] = LowRank(a=a, b=b, scale=2.0 if i % 2 else 1.5, magnitude=magnitude)
     write_adapter(tmp_path, config, Adapter(pairs=pairs), base="tiny")
     executor = opened("reference", config, tensors, context=TEXT, kv="f32")
     want = executor.step(batch([text()], [executor.add_adapter(Adapter(pairs=pairs))]))
@@ -131,11 +143,26 @@ def test_peft_loads_what_we_write(name: str, some: bool, tmp_path: Path) -> None
     assert np.abs(want - oracle_logits(name)).max() > 0.5
 
 
+def test_magnitudes_are_of_all_matrices_or_of_none(tmp_path: Path) -> None:
+    config, tensors = translated("phi3")
+
+    def pair(name: str, magnitude: bool) -> LowRank:
+        rows, cols = tensors[name].shape
+        a, b = (Tensor.from_float32(name, np.ones(size, dtype="f4")) for size in ((2, cols), (rows, 2)))
+        return LowRank(a=a, b=b, scale=1.0, magnitude=np.ones(rows, dtype="f4") if magnitude else None)
+
+    q, k, o = (f"layers.0.attention.{part}" for part in "qko")
+    with pytest.raises(ConfigError, match=r"no magnitude for layers.0.attention.o; PEFT's have one for all"):
+        write_adapter(tmp_path, config, Adapter(pairs={k: pair(k, True), o: pair(o, False)}), base="tiny")
+    with pytest.raises(ConfigError, match=r"no magnitude for layers.0.attention.v, which PEFT has .*qkv_proj"):
+        write_adapter(tmp_path, config, Adapter(pairs={q: pair(q, True), k: pair(k, True)}), base="tiny")
+
+
 @pytest.mark.parametrize("kind", EXECUTORS)
 def test_the_base_beside_adapters_has_the_same_bits(kind: str, tmp_path: Path) -> None:
     """And adapters do not see each other: each is as alone, but for the order of sums, native for all bits."""
-    adapters = [adapter_of("llama-3.1", tmp_path / str(seed), seed=seed)[0] for seed in (1, 2)]
-    executor = opened(kind, *translated("llama-3.1"), context=64, n_blocks=32, kv="f32")
+    adapters = [adapter_of("qwen2", tmp_path / str(seed), seed=seed, use_dora=seed == 2)[0] for seed in (1, 2)]
+    executor = opened(kind, *translated("qwen2"), context=64, n_blocks=32, kv="f32")
     one, two = map(executor.add_adapter, adapters)
     texts = [text(40, seed=seed) for seed in range(6)]
     plain = executor.step(batch(texts, None)).reshape(6, 40, -1)
@@ -156,7 +183,7 @@ def test_gradients_of_an_adapter_are_those_of_peft(name: str, tmp_path: Path) ->
     adapter = open_adapter(written(model, tmp_path), config)
     device, tokens = torch.device("cpu"), torch.tensor([text(64), text(64, seed=6)])
     weights = load_weights(tensors, device=device, dtype=torch.float32)
-    pairs = load_pairs(adapter, device=device, dtype=torch.float32)
+    pairs = load_pairs(adapter, weights, dtype=torch.float32)
     for pair in pairs.values():
         pair.a.requires_grad_()
         pair.b.requires_grad_()

@@ -35,8 +35,10 @@ def model(format: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, random_weights(config, 5, format=lambda name: format)
 
 
-def adapter(config: ModelConfig, seed: int, *, ranks: tuple[int, ...] = (16,), format: str = "F32") -> Adapter:
-    """Of every weight; ranks in turn."""
+def adapter(
+    config: ModelConfig, seed: int, *, ranks: tuple[int, ...] = (16,), format: str = "F32", dora: bool = False
+) -> Adapter:
+    """Of every weight; ranks in turn, and every second with a magnitude where `dora`."""
     random = np.random.default_rng(seed)
 
     def matrix(name: str, rows: int, cols: int) -> Tensor:
@@ -50,7 +52,9 @@ def adapter(config: ModelConfig, seed: int, *, ranks: tuple[int, ...] = (16,), f
     pairs = {}
     for i, (name, (rows, cols)) in enumerate(adaptable(config).items()):
         rank = ranks[i % len(ranks)]
-        pairs[name] = LowRank(a=matrix(f"{name}.a", rank, cols), b=matrix(f"{name}.b", rows, rank), scale=0.7)
+        magnitude = random.uniform(0.3, 1.5, rows).astype(np.float32) if dora and i % 2 else None
+        a, b = matrix(f"{name}.a", rank, cols), matrix(f"{name}.b", rows, rank)
+        pairs[name] = LowRank(a=a, b=b, scale=0.7, magnitude=magnitude)
     return Adapter(pairs=pairs)
 
 
@@ -77,12 +81,12 @@ def chosen(ids: NDArray[np.int32], numbers: list[int], *, start: int, end: int, 
 
 
 @pytest.mark.parametrize("format", ["F32", "BF16", "Q8_0", "Q4_K"])
-@pytest.mark.parametrize("stored", ["F32", "BF16"])
-def test_the_reference_of_the_same_arithmetic(format: str, stored: str) -> None:
+@pytest.mark.parametrize(("stored", "dora"), [("F32", False), ("BF16", False), ("BF16", True)])
+def test_the_reference_of_the_same_arithmetic(format: str, stored: str, dora: bool) -> None:
     """As test_native_executor says of the base: within a part of what rounding to int8 does at all, and without
     rounding within float32's."""
     config, tensors = model(format)
-    change = adapter(config, 1, ranks=(16, 5, 33), format=stored)
+    change = adapter(config, 1, ranks=(16, 5, 33), format=stored, dora=dora)
     results = {}
     for kind, activations in (("reference", "f32"), ("reference", "q8"), ("native", "f32")):
         executor = open_executor(kind, config, tensors, context=64, kv="f32", activations=activations)  # type: ignore[arg-type]
@@ -101,7 +105,7 @@ def test_the_reference_of_the_same_arithmetic(format: str, stored: str) -> None:
 def test_bits_depend_on_neither_threads_nor_cuts_nor_company(format: str) -> None:
     ids = text(300)
     executor = opened(format, threads=1)
-    change, other = (adapter(executor.config, seed, ranks=(16, 5, 33)) for seed in (1, 2))
+    change, other = (adapter(executor.config, seed, ranks=(16, 5, 33), dora=seed == 1) for seed in (1, 2))
     whole = executor.step(chosen(ids, [executor.add_adapter(change)], start=0, end=300))
     plain = executor.step(chosen(ids, [0], start=0, end=300))
     assert np.abs(whole - plain).max() > 0.1
@@ -142,7 +146,8 @@ def test_every_instruction_set_gives_the_same_bits(format: str, monkeypatch: pyt
     for isa in native.isas():
         monkeypatch.setenv("DAPJI_ISA", isa)
         executor = opened(format, threads=2, n_blocks=120)
-        numbers = [0, *(executor.add_adapter(adapter(executor.config, seed, ranks=(16, 7))) for seed in (1, 2))]
+        changes = [adapter(executor.config, seed, ranks=(16, 7), dora=seed == 2) for seed in (1, 2)]
+        numbers = [0, *map(executor.add_adapter, changes)]
         # many tokens, then few
         steps = [executor.step(chosen(text(50), numbers, start=a, end=b)) for a, b in ((0, 49), (49, 50))]
         results.append(np.concatenate(steps))

@@ -514,6 +514,9 @@ Results program(Isa isa, int threads) {
   program.add_adapter(1, {low_rank(qkv, dim, {{0, dim}, {2, kv_dim}}), low_rank(gate_up, dim, {{0, hidden}, {1, hidden}}),
                           low_rank(head, dim, {{0, vocab}})});
   program.add_adapter(7, {low_rank(down, hidden, {{0, dim}})});
+  program.set_magnitude(1, qkv, 2, random.reals(kv_dim));
+  program.set_magnitude(1, gate_up, 0, random.reals(hidden));
+  program.set_magnitude(1, head, 0, random.reals(vocab));
 
   // Two sequences: a prompt of each, then a token of each, then a few of the first.
   Results results;

@@ -56,7 +56,7 @@ def test_packed_is_each_alone(window: int | None) -> None:
     torch.testing.assert_close(losses_of(network, packed), apart, **CLOSE)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4), LoraSettings(rank=4, dora=True)])
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_gradients_of_a_step_do_not_depend_on_its_split(lora: LoraSettings | None, tied_head: bool) -> None:
     network = tiny.network(tiny.config(tied_head=tied_head), lora=lora)
@@ -73,9 +73,10 @@ def test_gradients_of_a_step_do_not_depend_on_its_split(lora: LoraSettings | Non
         torch.testing.assert_close(apart[name] / scale, whole[name] / scale, **CLOSE, msg=name)
 
 
-def test_recomputing_changes_no_bit() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_recomputing_changes_no_bit(dora: bool) -> None:
     packed = tiny.window(LENGTHS)
-    lora = LoraSettings(rank=4, dropout=0.3)
+    lora = LoraSettings(rank=4, dropout=0.3, dora=dora)
     found = []
     for recompute in (False, True):
         network = tiny.network(tiny.config(), lora=lora, recompute=recompute)

@@ -68,7 +68,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("actor") / "tiny.gguf")
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8)])
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8), LoraSettings(rank=4, alpha=8, dora=True)])
 def test_engine_and_training_say_the_same(base: Path, lora: LoraSettings | None, tmp_path: Path) -> None:
     """Of weights that are not those of the file, loaded after others; and the base, of itself."""
     files = open_files(str(base))

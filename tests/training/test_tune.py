@@ -50,6 +50,22 @@ def base_in_transformers(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(whole)
 
 
+def held_out_loss(model: torch.nn.Module, recipe: Recipe, folder: Path) -> float:
+    """Of a model of transformers, one example after another."""
+    data = RunData.read(recipe, open_files(recipe.model), folder / "again")
+    assert data.evaluate is not None
+    loss, count = 0.0, 0
+    for number in range(len(data.evaluate.epoch(0))):
+        for each in tiny.alone(data.evaluate.window(number)):
+            tokens = torch.tensor(each.tokens[None].astype("int64"))
+            labels = tokens.masked_fill(~torch.tensor(each.learned[None]), -100)
+            with torch.no_grad():
+                logits = model(tokens).logits[0, :-1]
+            loss += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+            count += int(each.learned.sum())
+    return loss / count
+
+
 def test_a_whole_model_loads_in_transformers(tmp_path: Path) -> None:
     recipe = read_recipe(tiny.write_recipe(tmp_path, RUN))
     assert tune(recipe)
@@ -83,20 +99,9 @@ def test_an_adapter_loads_in_peft(tmp_path: Path) -> None:
     assert set(model.peft_config["default"].target_modules) == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    data = RunData.read(recipe, open_files(recipe.model), tmp_path / "again")
-    assert data.evaluate is not None
-    loss, count = 0.0, 0
-    for number in range(len(data.evaluate.epoch(0))):
-        for each in tiny.alone(data.evaluate.window(number)):
-            tokens = torch.tensor(each.tokens[None].astype("int64"))
-            labels = tokens.masked_fill(~torch.tensor(each.learned[None]), -100)
-            with torch.no_grad():
-                logits = model(tokens).logits[0, :-1]
-            loss += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
-            count += int(each.learned.sum())
     metrics = lines(tmp_path / "run")
     assert metrics[-1]["evaluation_loss"] < metrics[0]["evaluation_loss"] - 0.1
-    assert loss / count == pytest.approx(metrics[-1]["evaluation_loss"], rel=1e-5)
+    assert held_out_loss(model, recipe, tmp_path) == pytest.approx(metrics[-1]["evaluation_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "stored"])
@@ -138,6 +143,7 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
     ("tables", "kills"),
     [
         pytest.param(f"{LORA}\n{RUN}", [4], id="lora"),
+        pytest.param(f"{LORA}\ndora = true\n{RUN}", [2, 5], id="dora", marks=pytest.mark.slow),
         pytest.param(RUN, [1, 3, 4, 7], id="full", marks=pytest.mark.slow),
     ],
 )

@@ -40,6 +40,11 @@ class Adapter:
                     f"the adapter's matrices for {name} are {list(pair.a.shape)} and {list(pair.b.shape)}, "
                     f"but the model's {list(shapes[name])} wants {list(wanted[0])} and {list(wanted[1])}"
                 )
+            if pair.magnitude is not None and pair.magnitude.shape != (rows,):
+                raise ConfigError(
+                    f"the adapter's magnitude for {name} is {list(pair.magnitude.shape)}, "
+                    f"but the model's {[rows, cols]} wants {[rows]}"
+                )
             for tensor in (pair.a, pair.b):
                 if tensor.format.block > 1:
                     raise ConfigError(f"the adapter's matrix {tensor.name} is {tensor.format.name}, not of floats")

@@ -200,7 +200,10 @@ class ReferenceExecutor:
     def add_adapter(self, adapter: Adapter) -> int:
         adapter.check(self.config)
         return self._adapters.add(
-            {self._weights[name]: ReferenceLowRank.load(pair) for name, pair in adapter.pairs.items()}
+            {
+                self._weights[name]: ReferenceLowRank.load(pair, self._weights[name])
+                for name, pair in adapter.pairs.items()
+            }
         )
 
     def remove_adapter(self, number: int) -> None:

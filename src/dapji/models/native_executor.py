@@ -20,6 +20,8 @@ from dapji.ops.recording import Recorder
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 
+_ONE_PROCESS = "open the model in the process that runs it"
+
 
 class NativeExecutor:
     """Weights packed for the processor, computed on `threads` threads outside the GIL.
@@ -102,7 +104,7 @@ class NativeExecutor:
                 f"there is not enough memory for a step of {len(batch.tokens)} tokens", hint="use smaller steps"
             ) from None
         except RuntimeError as error:
-            raise UsageError(str(error), hint="open the model in the process that runs it") from None
+            raise UsageError(str(error), hint=_ONE_PROCESS) from None
         return logits
 
     def copy_block(self, source: int, target: int) -> None:
@@ -111,7 +113,11 @@ class NativeExecutor:
     def add_adapter(self, adapter: Adapter) -> int:
         adapter.check(self.config)
         number = next(self._numbers)
-        native.add_adapter(self._program, number, [(self._places[name], pair) for name, pair in adapter.pairs.items()])
+        pairs = [(self._places[name], pair) for name, pair in adapter.pairs.items()]
+        try:
+            native.add_adapter(self._program, number, pairs)
+        except RuntimeError as error:
+            raise UsageError(str(error), hint=_ONE_PROCESS) from None
         return number
 
     def remove_adapter(self, number: int) -> None:

@@ -22,9 +22,11 @@ from dapji.models.decoder import Decoded, decode
 from dapji.models.executor import AdapterTable, check_batch
 from dapji.models.size import kv_shapes
 from dapji.ops.batch import Batch
+from dapji.ops.low_rank import LowRank
 from dapji.ops.reference import KvFormat
 from dapji.ops.tensor import Tensor
 from dapji.ops.torch import CachedTorchOps, TorchCache, TorchLowRank, TorchTables, UncachedTorchOps
+from dapji.ops.torch_kernels import row_factors, row_lengths
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -127,7 +129,7 @@ class TorchExecutor:
 
     def add_adapter(self, adapter: Adapter) -> int:
         adapter.check(self.config)
-        pairs = load_pairs(adapter, device=self._device, dtype=self._dtype)
+        pairs = load_pairs(adapter, self._weights, dtype=self._dtype)
         return self._adapters.add({self._weights[name]: pair for name, pair in pairs.items()})
 
     def remove_adapter(self, number: int) -> None:
@@ -170,15 +172,19 @@ def load_weights(tensors: Mapping[str, Tensor], *, device: torch.device, dtype: 
     return {name: load(name, tensor) for name, tensor in tensors.items()}
 
 
-def load_pairs(adapter: Adapter, *, device: torch.device, dtype: torch.dtype) -> dict[str, TorchLowRank]:
-    """An adapter's matrices on the device, under the same names."""
+def load_pairs(adapter: Adapter, weights: Mapping[str, torch.Tensor], *, dtype: torch.dtype) -> dict[str, TorchLowRank]:
+    """An adapter's matrices where the weights are that it changes, under the same names. weights: as `load_weights`
+    gives them."""
 
-    def load(tensor: Tensor) -> torch.Tensor:
-        return torch.tensor(tensor.float32(), dtype=dtype, device=device)
+    def load(pair: LowRank, weight: torch.Tensor) -> TorchLowRank:
+        a, b = (torch.tensor(each.float32(), dtype=dtype, device=weight.device) for each in (pair.a, pair.b))
+        if pair.magnitude is None:
+            return TorchLowRank(a=a, b=b, scale=pair.scale)
+        lengths = row_lengths(weight, a, b, pair.scale)
+        magnitude = torch.tensor(pair.magnitude, device=weight.device)
+        return TorchLowRank(a=a, b=b, scale=pair.scale, factors=row_factors(magnitude, lengths))
 
-    return {
-        name: TorchLowRank(a=load(pair.a), b=load(pair.b), scale=pair.scale) for name, pair in adapter.pairs.items()
-    }
+    return {name: load(pair, weights[name]) for name, pair in adapter.pairs.items()}
 
 
 def find_device(name: str) -> torch.device:

@@ -263,6 +263,9 @@ def add_adapter(program: Any, number: int, pairs: Sequence[tuple[Place, LowRank]
             for operation, a, scales, parts in changes
         ],
     )
+    for place, pair in pairs:
+        if pair.magnitude is not None:
+            program.set_magnitude(number, *place, _floats(pair.magnitude))
 
 
 def _add_experts(program: Any, source: int, logits: int, buffer: int, node: Node, panels: Mapping[Tensor, Any]) -> None:

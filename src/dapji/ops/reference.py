@@ -54,10 +54,19 @@ class ReferenceLowRank:
     a: Floats
     b: Floats
     scale: float
+    factors: Floats | None
 
     @staticmethod
-    def load(pair: LowRank) -> ReferenceLowRank:
-        return ReferenceLowRank(a=pair.a.float32(), b=pair.b.float32(), scale=pair.scale)
+    def load(pair: LowRank, weight: ReferenceWeight) -> ReferenceLowRank:
+        return ReferenceLowRank(
+            a=pair.a.float32(), b=pair.b.float32(), scale=pair.scale, factors=pair.factors(weight.values)
+        )
+
+    def changed(self, y: Floats, x: Floats) -> Floats:
+        """What becomes of the weight's products y of x."""
+        projected: Floats = np.float32(self.scale) * (x @ self.a.T)
+        term: Floats = projected @ self.b.T
+        return y + term if self.factors is None else (y + term) * self.factors
 
 
 class ReferenceCache:
@@ -98,7 +107,7 @@ class ReferenceOps:
     tables: RopeTables
     activations: Activations
     adapters: Mapping[ReferenceWeight, Mapping[int, ReferenceLowRank]] = field(default_factory=dict)
-    """What each adapter, by its number in batches, adds to the linear of a weight."""
+    """What each adapter, by its number in batches, makes of the linear of a weight."""
 
     def embed(self, weight: ReferenceWeight, scale: float) -> Floats:
         return weight.values[self.batch.tokens] * np.float32(scale)
@@ -115,11 +124,11 @@ class ReferenceOps:
     def linear(self, x: Floats, weight: ReferenceWeight, bias: ReferenceWeight | None = None) -> Floats:
         taken = round_q8(x) if weight.quantized and self.activations == "q8" else x
         y: Floats = taken @ weight.values.T
-        if bias is not None:
-            y += bias.values
         for number, pair in self.adapters.get(weight, {}).items():
             rows = self.batch.adapted(number, len(x))
-            y[rows] += np.float32(pair.scale) * (x[rows] @ pair.a.T) @ pair.b.T
+            y[rows] = pair.changed(y[rows], x[rows])
+        if bias is not None:
+            y += bias.values
         return y
 
     def rope(self, x: Floats, table: RopeTable, head_dim: int) -> Floats:

@@ -119,13 +119,20 @@ class TorchLowRank:
     a: Tensor
     b: Tensor
     scale: float
+    factors: Tensor | None = None
+    """[out] float32, where there is a magnitude."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
+    def changed(self, y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What becomes of y, the weight's products of x with the bias added."""
+        term = self.scale * F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
+        if self.factors is None:
+            return y + term.to(y.dtype)
+        y, shift = y.float(), 0.0 if bias is None else bias.float()
+        return (y - shift + term) * self.factors + shift
 
 
 Adapters = Mapping[Tensor, Mapping[int, TorchLowRank]]
-"""What each adapter, by its number in batches, adds to the linear of a weight."""
+"""What each adapter, by its number in batches, makes of the linear of a weight."""
 
 
 class TorchOps(ABC):
@@ -155,12 +162,12 @@ class TorchOps(ABC):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = kernels.linear(x.to(weight.dtype), weight, bias)  # a router may be float32 where all else is bfloat16
         for number, pair in self._adapters.get(weight, {}).items():
-            y = self._add_term(y, x, number, pair)
+            y = self._changed(y, x, bias, number, pair)
         return y
 
     @abstractmethod
-    def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
-        """y and, for the rows that have the adapter, what its pair makes of x."""
+    def _changed(self, y: Tensor, x: Tensor, bias: Tensor | None, number: int, pair: TorchLowRank) -> Tensor:
+        """y and, for the rows that have the adapter, what its pair makes of it."""
 
     def rope(self, x: Tensor, table: RopeTable, head_dim: int) -> Tensor:
         if table not in self._angles:
@@ -251,12 +258,12 @@ class CachedTorchOps(TorchOps):
         for mine, its in zip(self._indices(), other._indices(), strict=True):
             mine.copy_(its)
 
-    def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
+    def _changed(self, y: Tensor, x: Tensor, bias: Tensor | None, number: int, pair: TorchLowRank) -> Tensor:
         key = number, len(x)
         if key not in self._adapted:
             self._adapted[key] = _index(self._batch.adapted(number, len(x)), y.device)
         rows = self._adapted[key]
-        return y.index_add(0, rows, pair(x[rows]).to(y.dtype)) if len(rows) else y
+        return y.index_copy(0, rows, pair.changed(y[rows], x[rows], bias).to(y.dtype)) if len(rows) else y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor:
         self._cache.keys[layer].write(self._written, k)
@@ -359,8 +366,8 @@ class UncachedTorchOps(TorchOps):
         self._hidden_rows = hidden_rows
         self._masks: dict[tuple[Attention, int], Tensor | None] = {}
 
-    def _add_term(self, y: Tensor, x: Tensor, number: int, pair: TorchLowRank) -> Tensor:
-        return y + pair(x).to(y.dtype)
+    def _changed(self, y: Tensor, x: Tensor, bias: Tensor | None, number: int, pair: TorchLowRank) -> Tensor:
+        return pair.changed(y, x, bias).to(y.dtype)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, attention: Attention) -> Tensor:
         return self._attend(self._tempered(q, attention.temperature), k, v, attention)

@@ -40,10 +40,27 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return result if bias is None else result + bias
 
 
-def low_rank_linear(x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x @ weight.T + scale * (x @ a.T) @ b.T: a [rank, in], b [out, rank]. No gradient flows to the weight."""
-    result: Tensor = _LowRankLinear.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
+def low_rank_linear(
+    x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None
+) -> Tensor:
+    """x @ weight.T + scale * (x @ a.T) @ b.T: a [rank, in], b [out, rank]; with a magnitude [out] (DoRA), times that
+    over the lengths of the rows of weight + scale * b @ a. No gradient flows to the weight, nor through these lengths
+    (Liu et al. 2024, section 4.3)."""
+    result: Tensor = _LowRankLinear.apply(x, weight, a, b, scale, magnitude)  # type: ignore[no-untyped-call]
     return result
+
+
+def row_lengths(weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """[out] float32, of weight + scale * b @ a. Without a gradient."""
+    with torch.no_grad():
+        added = torch.addmm(_made(weight).float(), b.float(), a.float(), alpha=scale)
+        lengths: Tensor = torch.linalg.vector_norm(added, dim=1)
+        return lengths
+
+
+def row_factors(magnitude: Tensor, lengths: Tensor) -> Tensor:
+    """magnitude / lengths; 0 for a row of zeros, which stays one."""
+    return torch.where(lengths > 0, magnitude / lengths, 0.0)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -86,18 +103,32 @@ class _Linear(Function):
 
 class _LowRankLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None
+    ) -> Tensor:
         inner = product(x.to(a.dtype), a)  # [T, rank]
-        _save(ctx, weight, x, a, b, inner)
-        ctx.scale = scale
         made = _made(weight)
         y = product(x.to(made.dtype), made)
-        return y.addmm_(inner.to(y.dtype), b.T.to(y.dtype), alpha=scale)
+        y.addmm_(inner.to(y.dtype), b.T.to(y.dtype), alpha=scale)
+        factors = None
+        if magnitude is not None:
+            factors = row_factors(magnitude, row_lengths(made, a, b, scale))
+            y.mul_(factors)
+        ctx.scale = scale
+        # y, which what comes next often keeps too, rather than what it was before it was multiplied
+        _save(ctx, weight, x, a, b, inner, magnitude, factors, None if magnitude is None else y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x, a, b, inner = _saved(ctx)
+        weight, x, a, b, inner, magnitude, factors, y = _saved(ctx)
         given = grad.to(b.dtype)
+        to_magnitude = None
+        if magnitude is not None:
+            to_magnitude = torch.linalg.vecdot(given, y.to(given.dtype), dim=0)
+            to_magnitude = torch.where(magnitude != 0, to_magnitude / magnitude, 0.0)
+            given = given * factors
+            grad = given.to(grad.dtype)
         to_inner = product(given, b.T).mul_(ctx.scale)  # [T, rank]
         to_x = None
         if ctx.needs_input_grad[0]:
@@ -105,7 +136,7 @@ class _LowRankLinear(Function):
             to_x.addmm_(to_inner.to(to_x.dtype), a.to(to_x.dtype))
         to_a = product(to_inner.T, x.to(a.dtype).T)
         to_b = product(given.T, inner.T).mul_(ctx.scale)
-        return to_x, None, to_a, to_b, None
+        return to_x, None, to_a, to_b, None, to_magnitude
 
 
 def _made(weight: Weight) -> Tensor:

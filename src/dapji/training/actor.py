@@ -23,7 +23,7 @@ from dapji.ops.batch import KV_BLOCK
 from dapji.ops.low_rank import LowRank
 from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Tokenizer
-from dapji.training.network import A, B
+from dapji.training.network import MAGNITUDE, A, B
 from dapji.training.settings import LoraSettings
 
 _PARALLEL = 64
@@ -164,7 +164,15 @@ class Actor:
 
 def lora_pairs(config: ModelConfig, lora: LoraSettings, weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
     """By the name of the weight that they change. weights: by the names of the network's parameters."""
-    return {name: LowRank(a=weights[name + A], b=weights[name + B], scale=lora.scale) for name in lora.chosen(config)}
+    return {
+        name: LowRank(
+            a=weights[name + A],
+            b=weights[name + B],
+            scale=lora.scale,
+            magnitude=weights[name + MAGNITUDE].float32() if lora.dora else None,
+        )
+        for name in lora.chosen(config)
+    }
 
 
 def _close(opened: tuple[Executor, Engine]) -> None:

@@ -20,16 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from dapji.models.config import ModelConfig, weight_shapes
 from dapji.models.decoder import head_name, hidden_states
 from dapji.ops.tensor import Tensor as StoredTensor
-from dapji.ops.torch import TorchLowRank, TorchTables, UncachedTorchOps
-from dapji.ops.torch_kernels import linear, low_rank_linear
+from dapji.ops.torch import TorchTables, UncachedTorchOps
+from dapji.ops.torch_kernels import linear, low_rank_linear, row_lengths
 from dapji.training.data.stream import Window
 from dapji.training.settings import LoraSettings
 
 Head = Callable[[Tensor, Tensor, float | None], Tensor]
 """Of hidden [R, D], the head's weight [V, D], and the cap of logits: what a method makes of a window."""
 
-A, B = "_lora_a", "_lora_b"
-"""What the names of an adapter's matrices end in, after the name of the weight that they change."""
+A, B, MAGNITUDE = "_lora_a", "_lora_b", "_lora_magnitude"
+"""What the names of an adapter's parameters end in, after the name of the weight that they change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +45,15 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class _Adapted:
-    """A weight and what is added to it."""
+    """A weight and what changes it, as `low_rank_linear` takes them."""
 
     weight: Tensor | Stored
-    pair: TorchLowRank
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None
     dropout: float
-    """Of the pair's input."""
+    """Of the change's input."""
 
 
 class _Ops(UncachedTorchOps):
@@ -59,11 +62,16 @@ class _Ops(UncachedTorchOps):
             return linear(x, weight, bias)
         if isinstance(weight, Tensor):
             return super().linear(x, weight, bias)
-        pair = weight.pair
-        if weight.dropout:
-            return self.linear(x, weight.weight, bias) + pair(F.dropout(x, weight.dropout)).to(x.dtype)
-        y = low_rank_linear(x, weight.weight, pair.a, pair.b, pair.scale)
-        return y if bias is None else y + bias
+        base, a, b, scale, magnitude = weight.weight, weight.a, weight.b, weight.scale, weight.magnitude
+        if not weight.dropout:
+            y = low_rank_linear(x, base, a, b, scale, magnitude)
+            return y if bias is None else y + bias
+        kept = F.dropout(x, weight.dropout)
+        if magnitude is None:
+            term = scale * F.linear(F.linear(kept.to(a.dtype), a), b)
+            return self.linear(x, base, bias) + term.to(x.dtype)
+        # As PEFT has it, the base's own product is of all, and what the adapter makes different of what was kept.
+        return self.linear(x - kept, base, bias) + low_rank_linear(kept, base, a, b, scale, magnitude)
 
 
 class _Weights(Mapping[str, Any]):
@@ -82,8 +90,8 @@ class _Weights(Mapping[str, Any]):
         a, b = parameters.get(leaf + A), parameters.get(leaf + B)
         if lora is None or a is None or b is None:
             return weight
-        pair = TorchLowRank(a=a, b=b, scale=lora.scale)
-        return _Adapted(weight, pair, lora.dropout if self._network.training else 0.0)
+        dropout = lora.dropout if self._network.training else 0.0
+        return _Adapted(weight, a, b, lora.scale, parameters.get(leaf + MAGNITUDE), dropout)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._network.names)
@@ -136,8 +144,12 @@ class Network(nn.Module):
                 rows, cols = weight_shapes(config)[name]
                 bound = 1 / math.sqrt(cols)  # kaiming_uniform_ with a = sqrt(5), as a linear of torch begins
                 a = torch.empty(lora.rank, cols).uniform_(-bound, bound, generator=generator)
-                self._register(name + A, nn.Parameter(a.to(self.device)))
-                self._register(name + B, nn.Parameter(torch.zeros(rows, lora.rank, device=self.device)))
+                a = a.to(self.device)
+                self._register(name + A, nn.Parameter(a))
+                b = torch.zeros(rows, lora.rank, device=self.device)
+                self._register(name + B, nn.Parameter(b))
+                if lora.dora:
+                    self._register(name + MAGNITUDE, nn.Parameter(row_lengths(weights[name], a, b, lora.scale)))
 
     def _register(self, name: str, parameter: nn.Parameter) -> None:
         path, _, leaf = name.rpartition(".")

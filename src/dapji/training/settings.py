@@ -59,12 +59,14 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class LoraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An adapter (Hu et al. 2021)."""
+    """An adapter (LoRA, Hu et al. 2021)."""
 
     rank: Positive = 16
     alpha: Annotated[float, msgspec.Meta(gt=0)] = 32
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (Kalajdzievski 2023), not by alpha / rank."""
+    dora: bool = False
+    """Learn how long each row of a changed matrix is, apart from where it points (Liu et al. 2024)."""
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     targets: list[str] = []
     """Ends of canonical names (attention.q), or PEFT's (q_proj); none: every matrix of the layers."""

@@ -27,6 +27,8 @@ from dapji.ops.tensor import Tensor
 
 _PEFT = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
+"""What its name ends in, after the module's."""
 _PEFT_IGNORABLE = (
     # by whom, of what, on what
     "peft_version",
@@ -56,7 +58,6 @@ _PEFT_IGNORABLE = (
     "qalora_group_size",
 )
 _PEFT_REFUSED = (
-    "use_dora",
     "modules_to_save",
     "trainable_token_indices",
     "layer_replication",
@@ -85,6 +86,7 @@ class _Foreign:
     rank: int
     """What the configuration says."""
     scale: float
+    magnitude: Tensor | None = None
 
 
 def adapter_from_peft(
@@ -112,18 +114,26 @@ def adapter_from_peft(
         )
     fields.choice("bias", {"none": None}, "none")
     rank, alpha = fields.integer("r", 8), fields.number("lora_alpha", 8)
-    root = fields.boolean("use_rslora", False)
+    root, dora = fields.boolean("use_rslora", False), fields.boolean("use_dora", False)
     ranks, alphas = _pattern(adapter_config, "rank_pattern"), _pattern(adapter_config, "alpha_pattern")
     fields.finish((*_PEFT_IGNORABLE, *_PEFT_REFUSED, "init_lora_weights", "rank_pattern", "alpha_pattern"))
     family = family_of(config)
     given: dict[str, _Foreign] = {}
-    for module, a, b in _paired(tensors, ".lora_A.weight", ".lora_B.weight"):
+    matrices, magnitudes = dict(tensors), {}
+    if dora:
+        magnitudes = {n.removesuffix(_MAGNITUDE): matrices.pop(n) for n in tensors if n.endswith(_MAGNITUDE)}
+    for module, a, b in _paired(matrices, ".lora_A.weight", ".lora_B.weight"):
+        magnitude = magnitudes.pop(module, None)
+        if dora and magnitude is None:
+            raise ConfigError(f"the adapter lacks {module}{_MAGNITUDE}")
         name = module.removeprefix(_PEFT_PREFIX)
         own = int(_matching(ranks, name, rank))
         scale = _matching(alphas, name, alpha) / (math.sqrt(own) if root else own)
         if family.wrapper is not None:
             name = name.removeprefix(family.wrapper.prefix)
-        given[f"{name}.weight"] = _Foreign(a=a, b=b, rank=own, scale=scale)
+        given[f"{name}.weight"] = _Foreign(a=a, b=b, rank=own, scale=scale, magnitude=magnitude)
+    if magnitudes:
+        raise ConfigError(f"the adapter has magnitudes without matrices: {listed(sorted(magnitudes))}")
     return _adapter(config, hf_layout_of(family, config_json).all_rules(config), given)
 
 
@@ -131,8 +141,11 @@ def adapter_to_peft(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, ob
     """The inverse of `adapter_from_peft`, of a folder as we write it: adapter_config.json and the tensors.
 
     Where the layout joins matrices, a joined one has the ranks of all of them together. Raises ConfigError where it
-    splits one.
+    splits one, and where only some have a magnitude, or some parts of a joined one.
     """
+    dora = {name for name, pair in adapter.pairs.items() if pair.magnitude is not None}
+    if dora and (other := sorted(adapter.pairs.keys() - dora)):
+        raise ConfigError(f"the adapter has no magnitude for {other[0]}; PEFT's have one for all matrices or for none")
     shapes = adaptable(config)
     modules: dict[str, LowRank] = {}
     every: set[str] = set()
@@ -159,6 +172,7 @@ def adapter_to_peft(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, ob
         "lora_alpha": scale * rank,
         "rank_pattern": own_rank,
         "alpha_pattern": own_alpha,
+        "use_dora": bool(dora),
         "target_modules": sorted(ends if whole else modules),
         "bias": "none",
         "inference_mode": True,
@@ -167,6 +181,9 @@ def adapter_to_peft(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, ob
     for module, pair in modules.items():
         tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = pair.a
         tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = pair.b
+        if pair.magnitude is not None:
+            name = f"{_PEFT_PREFIX}{module}{_MAGNITUDE}"
+            tensors[name] = Tensor.from_float32(name, pair.magnitude)
     return adapter_config, tensors
 
 
@@ -176,12 +193,22 @@ def _joined(rule: Rule, adapter: Adapter) -> LowRank:
     scale = parts[0][0].scale
     a = np.concatenate([pair.a.float32() for pair, _ in parts])
     b = np.zeros((rule.shapes[0][0], len(a)), dtype=np.float32)
+    magnitude = None if parts[0][0].magnitude is None else np.zeros(len(b), dtype=np.float32)
     at = 0
     for pair, order in parts:
-        b[slice(None) if order is None else order, at : at + pair.rank] = pair.b.float32() * (pair.scale / scale)
+        rows = slice(None) if order is None else order
+        b[rows, at : at + pair.rank] = pair.b.float32() * (pair.scale / scale)
+        if magnitude is not None:
+            magnitude[rows] = pair.magnitude
         at += pair.rank
     name = rule.foreign[0]
-    return LowRank(a=Tensor.from_float32(f"{name} a", a), b=Tensor.from_float32(f"{name} b", b), scale=scale)
+    if magnitude is not None and len(parts) < len(rule.ours):
+        # whose rows would keep lengths that only the base knows
+        missing = next(name for name in rule.ours if name not in adapter.pairs)
+        raise ConfigError(f"the adapter has no magnitude for {missing}, which PEFT has as a part of {name}")
+    return LowRank(
+        a=Tensor.from_float32(f"{name} a", a), b=Tensor.from_float32(f"{name} b", b), scale=scale, magnitude=magnitude
+    )
 
 
 def adapter_from_gguf(config: ModelConfig, metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Adapter:
@@ -261,11 +288,15 @@ def _adapter(config: ModelConfig, rules: Sequence[Rule], given: Mapping[str, _Fo
                 f"{list(pair.b.shape)} and {list(pair.a.shape)} are for {[pair.b.shape[0], pair.a.shape[1]]}",
                 hint="the adapter is for another model",
             )
+        if pair.magnitude is not None and pair.magnitude.shape != shape[:1]:
+            raise ConfigError(f"{pair.magnitude.name} is {list(pair.magnitude.shape)}, but a row has one of {shape[0]}")
+        magnitude = None if pair.magnitude is None else pair.magnitude.float32()
         for name, order in _parts(rule, shape):
             if name not in shapes:
                 _refuse(weight, name)
             b = pair.b if order is None else pair.b.take_rows(order, f"{pair.b.name} ({name.rpartition('.')[2]})")
-            pairs[name] = LowRank(a=pair.a, b=b, scale=pair.scale)
+            own = magnitude if magnitude is None or order is None else magnitude[order]
+            pairs[name] = LowRank(a=pair.a, b=b, scale=pair.scale, magnitude=own)
     adapter = Adapter(pairs=pairs)
     adapter.check(config)
     return adapter
