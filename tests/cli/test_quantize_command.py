@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 from in_process import Dapji
 
+from dapji.proof.lineage import read_lineage
 from dapji.weights.gguf import read_gguf
 from tiny import ANSWER
 
@@ -51,7 +52,12 @@ def test_an_existing_file_needs_force(dapji: Dapji, tiny: Path, tmp_path: Path) 
     assert dapji("quantize", tiny, "Q8_0", out, "--force").code == 0
     assert read_gguf(out).metadata["general.file_type"] == 7
     assert dapji("quantize", out, "F32", out, "--force").code == 0  # even onto itself
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "m.gguf.dapji.json"]
+    lineage = read_lineage(out)
+    assert lineage is not None
+    (source,) = lineage.parents
+    assert source.lineage is not None
+    assert (lineage.kind, source.lineage.kind) == ("convert", "quantize")  # of what was there before
 
 
 def test_a_folder_and_back(dapji: Dapji, tiny: Path, tmp_path: Path) -> None:

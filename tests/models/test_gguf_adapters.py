@@ -10,8 +10,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from numpy.typing import NDArray
-from peft_adapters import make, written
+from peft_adapters import loaded, make, written
+from peft_adapters import logits as peft_logits
 from safetensors.numpy import load_file
 from test_llama_cpp import LOGARITHM, write
 from tiny_models import TEXT, VOCAB, oracle, text, translated
@@ -20,7 +23,7 @@ from dapji.errors import ConfigError
 from dapji.models import families
 from dapji.models.executor import open_executor
 from dapji.ops.batch import Batch
-from dapji.weights.adapter_file import open_adapter
+from dapji.weights.adapter_file import open_adapter, write_adapter, write_gguf_adapter
 from dapji.weights.checkpoint import open_checkpoint
 from llama_cpp import LlamaCpp
 
@@ -86,6 +89,58 @@ def test_llama_cpp_gives_the_same_probabilities(llama_cpp: LlamaCpp, name: str, 
     rows = logits[0][[n - 1 for n in PREFIXES]].astype(np.float64)
     ours = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGARITHM)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "qwen2", "phi3-longrope"])
+def test_what_we_write_is_what_llama_cpps_converter_writes(llama_cpp: LlamaCpp, name: str, tmp_path: Path) -> None:
+    """And llama.cpp computes with it what PEFT does."""
+    model = make(name)
+    folder = written(model, tmp_path / "peft")
+    config, tensors = translated(name)
+    ours = tmp_path / "ours.gguf"
+    write_gguf_adapter(ours, config, open_adapter(folder, config), name="tiny")
+    theirs = gguf.GGUFReader(convert(name, folder, tmp_path / "theirs.gguf", alpha=5.0))
+    got = gguf.GGUFReader(ours)
+    for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert got.fields[key].contents() == theirs.fields[key].contents()
+    expected = {tensor.name: tensor for tensor in theirs.tensors}
+    assert expected.keys() == {tensor.name for tensor in got.tensors}
+    for tensor in got.tensors:
+        assert tensor.tensor_type == expected[tensor.name].tensor_type
+        np.testing.assert_array_equal(tensor.data, expected[tensor.name].data)
+    write(tmp_path / "model.gguf", config, tensors)
+    prompts = [text()[:n] for n in PREFIXES]
+    found = llama_cpp.log_probabilities(tmp_path / "model.gguf", prompts, VOCAB, adapter=ours)
+    logits = torch.tensor(peft_logits(model)[[n - 1 for n in PREFIXES]])
+    np.testing.assert_allclose(found, logits.log_softmax(dim=1).numpy(), rtol=0, atol=LOGARITHM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_there_and_back(llama_cpp: LlamaCpp, dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's values, types, ranks and scales; llama.cpp takes all types."""
+    model = make("llama-2", rank_pattern={"q_proj": 5}, alpha_pattern={"q_proj": 25 / 3})  # one scale, two ranks
+    folder = written(model.to(dtype), tmp_path / "peft")
+    config, tensors = translated("llama-2")
+    write_gguf_adapter(tmp_path / "a.gguf", config, open_adapter(folder, config), name="tiny")
+    (tmp_path / "back").mkdir()
+    write_adapter(tmp_path / "back", config, open_adapter(tmp_path / "a.gguf", config), base="tiny")
+    before, after = (
+        safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "back")
+    )
+    assert before.keys() == after.keys()
+    for key, values in before.items():
+        if "q_proj.lora_B" in key:  # its alpha is not that of the others, which the file has: the ratio is in B
+            torch.testing.assert_close(after[key], values.float() * 5 / 3, rtol=1e-6, atol=0)
+        else:
+            assert after[key].dtype == dtype
+            assert torch.equal(after[key], values)
+    write(tmp_path / "model.gguf", config, tensors)
+    prompts = [text()[:n] for n in PREFIXES]
+    found = llama_cpp.log_probabilities(tmp_path / "model.gguf", prompts, VOCAB, adapter=tmp_path / "a.gguf")
+    logits = torch.tensor(peft_logits(loaded("llama-2", folder))[[n - 1 for n in PREFIXES]])
+    # llama.cpp rounds what it multiplies by 16-bit matrices to 16 bits too (0.04 is what occurs in bfloat16)
+    atol = LOGARITHM if dtype == torch.float32 else 0.1
+    np.testing.assert_allclose(found, logits.log_softmax(dim=1).numpy(), rtol=0, atol=atol)
 
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:

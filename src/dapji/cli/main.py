@@ -26,6 +26,8 @@ COMMANDS = {
     "remove": "Delete a model from the store.",
     "cache": "Show or clear what is kept for quicker starts.",
     "quantize": "Write a smaller copy of a model.",
+    "merge": "Put an adapter into a model's own weights.",
+    "export": "Write an adapter for llama.cpp, or for PEFT.",
     "tune": "Adapt a model to your own examples.",
     "distill": "Write a teacher's answers as examples.",
     "data": "Check examples before a model learns from them.",

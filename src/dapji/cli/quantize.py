@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from dapji.errors import UsageError
+
 if TYPE_CHECKING:
-    from dapji.weights.convert import Report
+    from dapji.files import Files
 
 
 @click.command()
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace OUT if it is a file that exists.")
 @click.option("--allow-requantize", is_flag=True, help="Quantise weights that are quantised already.")
 @click.option("--errors", is_flag=True, help="Measure and print the error of every tensor.")
+@click.option("--base", metavar="MODEL", help="What SOURCE was trained from: tell how much of the change survives.")
 @click.option("--threads", type=click.IntRange(1), help="[default: all processors]")
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object.")
 def command(
@@ -28,6 +31,7 @@ def command(
     force: bool,
     allow_requantize: bool,
     errors: bool,
+    base: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -49,75 +53,81 @@ def command(
 
     The mixes (_M, _S, and the head in all below 6 bits) give each tensor the format that
     llama.cpp's llama-quantize gives it. --errors prints root mean squares: of the differences,
-    relative to that of the weights.
+    relative to that of the weights. --base prints what `dapji merge` says of an adapter.
 
     \b
     Examples:
       dapji quantize ./Llama-3.2-1B-Instruct Q4_K_M llama-1b.gguf
       dapji quantize model-f16.gguf Q6_K model-q6_k.gguf --errors
       dapji quantize smollm2-135m BF16 ./smollm2-hf
+      dapji quantize ./tuned Q4_K_M tuned.gguf --base ./Llama-3.2-1B-Instruct
 
     Exit codes: 0 written, 1 not written, 2 wrong usage, 130 interrupted.
     """
+    from dapji.cli.conversion import (
+        print_summary,
+        print_survival,
+        record,
+        summary,
+        survival_summary,
+        survival_totals,
+        type_name,
+        write,
+    )
     from dapji.cli.pull import TerminalProgress
-    from dapji.errors import UsageError
+    from dapji.files import open_files
+    from dapji.proof.lineage import Lineage, parent, versions
     from dapji.weights import store
     from dapji.weights.checkpoint import open_checkpoint
-    from dapji.weights.convert import write_folder, write_quantized
+    from dapji.weights.convert import FLOATS
+    from dapji.weights.merge import survival
 
-    type_ = type_.upper()
-    type_ = "Q4_K_M" if type_ == "Q4_K" else type_
-    to_file = out.suffix == ".gguf"
-    if to_file and out.exists() and not force:
-        raise UsageError(f"{out} exists already", hint="--force replaces it")
-    checkpoint = open_checkpoint(store.resolve(source))
-    with TerminalProgress().bar(f"converting to {type_}", checkpoint.nbytes) as advance:
-        if to_file:
-            report = write_quantized(
-                checkpoint,
-                out,
-                type_,
-                allow_requantize=allow_requantize,
-                measure=errors,
-                threads=threads,
-                advance=advance,
-            )
-        else:
-            report = write_folder(checkpoint, out, type_, measure=errors, threads=threads, advance=advance)
+    type_ = type_name(type_)
+    tuned = None if base is None else open_files(source)
+    before = None if tuned is None or base is None else _base_of(tuned, base)
+    made_of = parent("source", source, TerminalProgress())  # now: OUT may take its place
+    report = write(
+        open_checkpoint(store.resolve(source)) if tuned is None else tuned.checkpoint,
+        type_,
+        out,
+        force=force,
+        allow_requantize=allow_requantize,
+        measure=errors,
+        threads=threads,
+    )
+    changes = None
+    if tuned is not None and before is not None:
+        every = survival(before.tensors, tuned.tensors, open_files(out).tensors)
+        changes = {name: change for name, change in every.items() if change.wanted}
+    record(
+        out,
+        Lineage(
+            kind="convert" if type_ in FLOATS else "quantize",
+            parents=(made_of,),
+            settings={"type": type_},
+            outcome={} if changes is None else {"survival": survival_totals(changes)},
+            versions=versions(),
+        ),
+    )
     if as_json:
-        click.echo(json.dumps(_summary(report, out), indent=2))
-    else:
-        _print(report, out)
+        told = {} if changes is None else {"survival": survival_summary(changes)}
+        click.echo(json.dumps(summary(report, out) | told, indent=2))
+        return
+    print_summary(report, out)
+    if changes is not None:
+        print_survival(changes)
 
 
-def _summary(report: Report, out: Path) -> dict[str, Any]:
-    return {
-        "path": str(out),
-        "weights": report.values,
-        "source_bytes": report.source_bytes,
-        "bytes": report.target_bytes,
-        "bits_per_weight": 8 * report.target_bytes / report.values,
-        "formats": report.formats,
-        "tensors": [
-            {
-                "name": tensor.name,
-                "source": tensor.source.name,
-                "format": tensor.target.name,
-                "weights": tensor.values,
-                "error": tensor.error,
-            }
-            for tensor in report.tensors
-        ],
-    }
+def _base_of(tuned: Files, name: str) -> Files:
+    """Raises UsageError where it is another kind of model."""
+    from dapji.files import open_files
 
-
-def _print(report: Report, out: Path) -> None:
-    from dapji.weights.sources_base import human_size
-
-    for tensor in report.tensors:
-        if tensor.error is not None:
-            click.echo(f"{tensor.name:32}  {tensor.source.name:>4} -> {tensor.target.name:4}  {tensor.error:.6f}")
-    parts = ", ".join(f"{name} {human_size(size)}" for name, size in report.formats.items())
-    before, after = (8 * size / report.values for size in (report.source_bytes, report.target_bytes))
-    click.echo(f"{out}: {human_size(report.target_bytes)}, {after:.2f} bits per weight ({parts})")
-    click.echo(f"before: {human_size(report.source_bytes)}, {before:.2f} bits per weight", err=True)
+    base = open_files(name)
+    shapes, others = ({key: tensor.shape for key, tensor in files.tensors.items()} for files in (tuned, base))
+    if different := sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key)):
+        key = different[0]
+        raise UsageError(
+            f"{name} is not what {tuned.checkpoint.path} was trained from: {key} is {shapes.get(key)} in the one, "
+            f"{others.get(key)} in the other"
+        )
+    return base

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from dapji.ops.tensor import Tensor
 
+_CHUNK_VALUES = 1 << 22
+"""Values of b @ a that are held at a time, beside the sum."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LowRank:
@@ -34,9 +37,30 @@ class LowRank:
     def factors(self, weight: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """[out] by which all that the linear gives is multiplied, before a bias; None: by nothing. A row of zeros stays
         one. weight: [out, in] as the executor multiplies by it, since rounded rows have other lengths."""
-        if self.magnitude is None:
-            return None
-        lengths = np.linalg.norm(weight + np.float32(self.scale) * (self.b.float32() @ self.a.float32()), axis=1)
-        factors: NDArray[np.float32] = np.zeros_like(lengths)
-        np.divide(self.magnitude, lengths, out=factors, where=lengths > 0)
-        return factors
+        return None if self.magnitude is None else _ratios(self.magnitude, _sum(weight, self))
+
+
+def merged(weight: NDArray[np.float32], pair: LowRank) -> NDArray[np.float32]:
+    """[out, in], a new array: the weight with which linear(x) alone is what it is with the pair beside `weight`."""
+    result = _sum(weight, pair)
+    if pair.magnitude is not None:
+        result *= _ratios(pair.magnitude, result)[:, None]
+    return result
+
+
+def _sum(weight: NDArray[np.float32], pair: LowRank) -> NDArray[np.float32]:
+    """[out, in] weight + scale * b @ a."""
+    a, b = pair.a.float32(), np.float32(pair.scale) * pair.b.float32()
+    result = weight.copy()
+    step = max(1, _CHUNK_VALUES // weight.shape[1])
+    for start in range(0, len(weight), step):
+        result[start : start + step] += b[start : start + step] @ a
+    return result
+
+
+def _ratios(magnitude: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[out] of magnitudes to the lengths of rows; 0 of a row of zeros."""
+    lengths = np.linalg.norm(rows, axis=1)
+    ratios: NDArray[np.float32] = np.zeros_like(lengths)
+    np.divide(magnitude, lengths, out=ratios, where=lengths > 0)
+    return ratios

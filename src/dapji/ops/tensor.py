@@ -139,7 +139,11 @@ class Tensor:
 
     def without_blocks(self) -> Tensor:
         """The same values in a format whose values can change places: for one of blocks F32, made when asked for."""
-        if self.format.block == 1:
+        return self if self.format.block == 1 else self.in_float32()
+
+    def in_float32(self) -> Tensor:
+        """The same values as F32, made when asked for."""
+        if self.format is FORMATS["F32"]:
             return self
         return replace(
             self,

@@ -1,10 +1,11 @@
-"""An adapter on disk, for the model that it changes: PEFT's folder, or llama.cpp's GGUF file, which is only read."""
+"""An adapter on disk, for the model that it changes: PEFT's folder, or llama.cpp's GGUF file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from dapji.errors import ConfigError, FormatError, ModelNotFound
 from dapji.models import families
@@ -12,7 +13,7 @@ from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig
 from dapji.weights.checkpoint import read_json
 from dapji.weights.files import TensorToWrite, map_file, replacing
-from dapji.weights.gguf import read_gguf
+from dapji.weights.gguf import Value, read_gguf, write_gguf
 from dapji.weights.safetensors import parse_safetensors, write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -38,6 +39,15 @@ def open_adapter(path: Path, config: ModelConfig, config_json: Mapping[str, obje
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error
 
 
+def base_of(path: Path) -> str | None:
+    """The model that PEFT's folder says it is for, as a name or path; None where nothing is said, as in a GGUF file.
+
+    Raises ModelNotFound, FormatError.
+    """
+    base = read_json(path / CONFIG_NAME).get("base_model_name_or_path") if path.is_dir() else None
+    return base if isinstance(base, str) and base else None
+
+
 def write_adapter(folder: Path, config: ModelConfig, adapter: Adapter, *, base: str) -> None:
     """The two files of a folder that PEFT loads. base: what the adapter is for, as a name or path.
 
@@ -48,3 +58,15 @@ def write_adapter(folder: Path, config: ModelConfig, adapter: Adapter, *, base: 
     with replacing(folder / CONFIG_NAME) as file:
         text = json.dumps({**adapter_config, "base_model_name_or_path": base}, indent=2, ensure_ascii=False)
         file.write(text.encode() + b"\n")
+
+
+def write_gguf_adapter(path: Path, config: ModelConfig, adapter: Adapter, *, name: str) -> None:
+    """A GGUF file of the type adapter, as llama.cpp loads it for a base of the same architecture.
+
+    Raises ConfigError as `families.adapter_to_gguf`.
+    """
+    metadata, tensors = families.adapter_to_gguf(config, adapter)
+    metadata["general.name"] = name
+    write_gguf(
+        path, cast("dict[str, Value]", metadata), [TensorToWrite.of(key, tensor) for key, tensor in tensors.items()]
+    )

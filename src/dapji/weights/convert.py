@@ -7,11 +7,9 @@ translate names, rows and configurations.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +27,7 @@ from dapji.ops.formats import FORMATS, Bytes, Format
 from dapji.ops.tensor import Tensor
 from dapji.weights import embedding, vocabulary
 from dapji.weights.checkpoint import Checkpoint
-from dapji.weights.files import TensorToWrite
+from dapji.weights.files import TensorToWrite, new_folder
 from dapji.weights.gguf import Encoded, Metadata, Value, write_gguf
 from dapji.weights.quantize import quantize
 from dapji.weights.safetensors import INDEX_NAME, write_shards
@@ -98,8 +96,11 @@ def write_quantized(
     measure: bool = False,
     threads: int | None = None,
     advance: Advance = lambda n_bytes: None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Report:
     """Write `source` as a GGUF file in a scheme (a name of SCHEMES); an existing file is replaced when all is done.
+
+    weights: by canonical name, instead of its own.
 
     The metadata of a GGUF file is kept; for a folder it is made from config.json and the tokenizer's files. Tensors
     that have their format already are copied; others that are quantised already lose accuracy twice, which is refused
@@ -108,7 +109,7 @@ def write_quantized(
     """
     if scheme not in SCHEMES:
         raise UsageError(f"unknown type {scheme!r}", hint=f"one of {', '.join(SCHEMES)}")
-    metadata, tensors = gguf_contents(source)
+    metadata, tensors = gguf_contents(source, weights)
     formats = choose_formats(tensors, SCHEMES[scheme])
     if not allow_requantize:
         _refuse_requantizing(tensors, formats)
@@ -119,13 +120,19 @@ def write_quantized(
     return report
 
 
-def gguf_contents(source: Checkpoint) -> tuple[dict[str, Value | Encoded], Mapping[str, Tensor]]:
-    """Metadata and tensors as a GGUF file holds them. Raises ConfigError, TokenizerError, FormatError."""
+def gguf_contents(
+    source: Checkpoint, weights: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Value | Encoded], Mapping[str, Tensor]]:
+    """Metadata and tensors as a GGUF file holds them. weights: by canonical name, instead of its own.
+
+    Raises ConfigError, TokenizerError, FormatError.
+    """
     if isinstance(source.metadata, Metadata):
         metadata = source.metadata
-        return {key: metadata.encoded(key) for key in metadata if not key.startswith("split.")}, source.tensors
-    config, tensors = families.from_hf(source.metadata, source.tensors)
-    architecture, named = families.to_gguf(config, tensors)
+        tensors = families.changed_gguf(metadata, source.tensors, weights) if weights else source.tensors
+        return {key: metadata.encoded(key) for key in metadata if not key.startswith("split.")}, tensors
+    config, own = families.from_hf(source.metadata, source.tensors)
+    architecture, named = families.to_gguf(config, {**own, **(weights or {})})
     general = {"general.type": "model", "general.name": source.path.resolve().name}
     if licence := folder_licence(source.path):
         general["general.license"] = licence
@@ -161,7 +168,7 @@ def write_folder(
     config_json, tensors = families.to_hf(config, {**own, **(weights or {})})
     formats = dict.fromkeys(tensors, FORMATS[dtype])
     report = Report(source_bytes=source.nbytes)
-    with _new_folder(target) as folder, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with new_folder(target) as folder, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         write_shards(folder, _to_write(tensors, formats, pool, report, measure, advance), max_bytes=max_shard_bytes)
         made: dict[str, object] = {}
         if source.kind == "huggingface":
@@ -204,22 +211,6 @@ def _write_readme(folder: Path, metadata: Mapping[str, Any]) -> None:
     licence, name = metadata.get("general.license"), metadata.get("general.name")
     if isinstance(licence, str):
         (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n\n# {name or 'Model'}\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `target` when the block ends without an exception."""
-    try:
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    except OSError as error:
-        raise UsageError(f"cannot write into {target.parent}: {error.strerror}") from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.replace(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _refuse_requantizing(tensors: Mapping[str, Tensor], formats: Mapping[str, Format]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -146,19 +146,10 @@ def adapter_to_peft(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, ob
     dora = {name for name, pair in adapter.pairs.items() if pair.magnitude is not None}
     if dora and (other := sorted(adapter.pairs.keys() - dora)):
         raise ConfigError(f"the adapter has no magnitude for {other[0]}; PEFT's have one for all matrices or for none")
+    rules = hf_layout_of(family_of(config), None).all_rules(config)
+    modules = {weight.removesuffix(".weight"): pair for weight, pair in _foreign_pairs(rules, adapter)}
     shapes = adaptable(config)
-    modules: dict[str, LowRank] = {}
-    every: set[str] = set()
-    for rule in hf_layout_of(family_of(config), None).all_rules(config):
-        changed = [name for name in rule.ours if name in adapter.pairs]
-        if changed and len(rule.foreign) > 1:
-            raise ConfigError(f"the adapter changes {changed[0]}, which PEFT has as {listed(rule.foreign)}")
-        if not any(name in shapes for name in rule.ours):
-            continue
-        module = rule.foreign[0].removesuffix(".weight")
-        every.add(module)
-        if changed:
-            modules[module] = _joined(rule, adapter)
+    every = {rule.foreign[0].removesuffix(".weight") for rule in rules if any(name in shapes for name in rule.ours)}
     ranks = Counter(pair.rank for pair in modules.values())
     rank, scale = ranks.most_common(1)[0][0], next(iter(adapter.pairs.values())).scale
     own_rank = {module: pair.rank for module, pair in modules.items() if pair.rank != rank}
@@ -187,25 +178,42 @@ def adapter_to_peft(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, ob
     return adapter_config, tensors
 
 
+def _foreign_pairs(rules: Sequence[Rule], adapter: Adapter) -> Iterator[tuple[str, LowRank]]:
+    """The foreign matrices that it changes, and how. Raises ConfigError where one of ours is several of them."""
+    for rule in rules:
+        if changed := [name for name in rule.ours if name in adapter.pairs]:
+            if len(rule.foreign) > 1:
+                raise ConfigError(f"the adapter changes {changed[0]}, which is {listed(rule.foreign)} there")
+            yield rule.foreign[0], _joined(rule, adapter)
+
+
 def _joined(rule: Rule, adapter: Adapter) -> LowRank:
-    """The pair for the one foreign matrix of a rule: each of ours has rows of A, and columns of B, of its own."""
-    parts = [(adapter.pairs[name], order) for name, order in _parts(rule, rule.shapes[0]) if name in adapter.pairs]
-    scale = parts[0][0].scale
+    """The pair for the one foreign matrix of a rule: each of ours has rows of A, and columns of B, of its own, unless
+    they share A, as after they were read from such a matrix."""
+    name, n_rows = rule.foreign[0], rule.shapes[0][0]
+    parts = [(adapter.pairs[own], order) for own, order in _parts(rule, rule.shapes[0]) if own in adapter.pairs]
+    first, scale = parts[0][0], parts[0][0].scale
+    whole = len(parts) == len(rule.ours)
+    magnitude = None if first.magnitude is None else np.zeros(n_rows, dtype=np.float32)
+    if magnitude is not None:
+        if not whole:  # whose rows would keep lengths that only the base knows
+            missing = next(own for own in rule.ours if own not in adapter.pairs)
+            raise ConfigError(f"the adapter has no magnitude for {missing}, which PEFT has as a part of {name}")
+        for pair, order in parts:
+            magnitude[slice(None) if order is None else order] = pair.magnitude
+    if whole and all(pair.a is first.a and pair.scale == scale for pair, _ in parts):
+        rows = first.b
+        if len(parts) > 1:
+            rows = Tensor.joined(f"{name} b", [pair.b for pair, _ in parts], n_rows, first.rank)
+        orders = [order for _, order in parts if order is not None]
+        rows = rows.take_rows(np.argsort(np.concatenate(orders))) if orders else rows
+        return LowRank(a=first.a, b=rows, scale=scale, magnitude=magnitude)
     a = np.concatenate([pair.a.float32() for pair, _ in parts])
-    b = np.zeros((rule.shapes[0][0], len(a)), dtype=np.float32)
-    magnitude = None if parts[0][0].magnitude is None else np.zeros(len(b), dtype=np.float32)
+    b = np.zeros((n_rows, len(a)), dtype=np.float32)
     at = 0
     for pair, order in parts:
-        rows = slice(None) if order is None else order
-        b[rows, at : at + pair.rank] = pair.b.float32() * (pair.scale / scale)
-        if magnitude is not None:
-            magnitude[rows] = pair.magnitude
+        b[slice(None) if order is None else order, at : at + pair.rank] = pair.b.float32() * (pair.scale / scale)
         at += pair.rank
-    name = rule.foreign[0]
-    if magnitude is not None and len(parts) < len(rule.ours):
-        # whose rows would keep lengths that only the base knows
-        missing = next(name for name in rule.ours if name not in adapter.pairs)
-        raise ConfigError(f"the adapter has no magnitude for {missing}, which PEFT has as a part of {name}")
     return LowRank(
         a=Tensor.from_float32(f"{name} a", a), b=Tensor.from_float32(f"{name} b", b), scale=scale, magnitude=magnitude
     )
@@ -228,6 +236,37 @@ def adapter_from_gguf(config: ModelConfig, metadata: Mapping[str, object], tenso
         for weight, a, b in _paired(tensors, ".lora_a", ".lora_b")
     }
     return _adapter(config, family.gguf.all_rules(config), given)
+
+
+def adapter_to_gguf(config: ModelConfig, adapter: Adapter) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The inverse of `adapter_from_gguf`: the metadata, to which a writer adds a name, and the tensors.
+
+    The file has one alpha (of float32) for all matrices, whose scale is alpha / rank; those of another scale have it in
+    B, as float32. Raises ConfigError where GGUF splits a matrix that the adapter changes, and of magnitudes.
+    """
+    if dora := [name for name, pair in adapter.pairs.items() if pair.magnitude is not None]:
+        raise ConfigError(
+            f"the adapter has a magnitude for {dora[0]} (DoRA), for which GGUF has no form",
+            hint="dapji merge puts it into the model's own weights",
+        )
+    family = family_of(config)
+    pairs = dict(_foreign_pairs(family.gguf.all_rules(config), adapter))
+    alphas = Counter(pair.scale * pair.rank for pair in pairs.values())
+    alpha = alphas.most_common(1)[0][0] or 1.0  # 0 stands for a scale of 1
+    metadata: dict[str, object] = {
+        "general.type": "adapter",
+        "general.architecture": family.gguf_architecture,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    tensors = {}
+    for weight, pair in pairs.items():
+        b = pair.b
+        if pair.scale * pair.rank != alpha:
+            b = Tensor.from_float32(b.name, b.float32() * np.float32(pair.scale * pair.rank / alpha))
+        tensors[f"{weight}.lora_a"] = pair.a
+        tensors[f"{weight}.lora_b"] = b
+    return metadata, tensors
 
 
 def _paired(tensors: Mapping[str, Tensor], a_end: str, b_end: str) -> list[tuple[str, Tensor, Tensor]]:

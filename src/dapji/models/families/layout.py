@@ -114,10 +114,13 @@ def take(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def give(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `take`."""
+    """The inverse of `take`. Weights of several formats that share a foreign tensor go there as float32."""
     given: dict[str, Tensor] = {}
     for rule in rules:
-        given |= zip(rule.foreign, rule.write([tensors[name] for name in rule.ours]), strict=True)
+        own = [tensors[name] for name in rule.ours]
+        if len({tensor.format.name for tensor in own}) > 1:
+            own = [tensor.in_float32() for tensor in own]
+        given |= zip(rule.foreign, rule.write(own), strict=True)
     return given
 
 

@@ -173,6 +173,23 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
 
     Metadata of other subjects (general.*, tokenizer.*) is not looked at.
     """
+    config, rules, given = _read_gguf(metadata, tensors)
+    return config, take(rules, given)
+
+
+def changed_gguf(
+    metadata: Mapping[str, object], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All tensors of a GGUF file, of which those that hold one of `weights` (by canonical name) are made anew."""
+    _, rules, given = _read_gguf(metadata, tensors)
+    own = {**take(rules, given), **weights}
+    return {**tensors, **give([rule for rule in rules if any(name in weights for name in rule.ours)], own)}
+
+
+def _read_gguf(
+    metadata: Mapping[str, object], tensors: Mapping[str, Tensor]
+) -> tuple[ModelConfig, list[Rule], dict[str, Tensor]]:
+    """The configuration, the rules of the file's layout, and the tensors that they are about."""
     architecture = Fields(metadata, where="GGUF", prefix="general.").choice(
         "architecture", {family.gguf_architecture: family.gguf_architecture for family in FAMILIES}
     )
@@ -193,7 +210,7 @@ def from_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor]) -> 
     config = family.from_gguf(fields, facts)
     _check_room(config, given)
     layout = family.gguf if family.gguf_layout is None else family.gguf_layout(facts)
-    return config, take(layout.all_rules(config), given)
+    return config, layout.all_rules(config), given
 
 
 def to_gguf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]]:

@@ -1,0 +1,148 @@
+"""What commands that write a model share: the writing, and telling what was written and what it has kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapji.cli.console import wants_colour
+
+if TYPE_CHECKING:
+    from dapji.ops.tensor import Tensor
+    from dapji.proof.lineage import Lineage
+    from dapji.weights.checkpoint import Checkpoint
+    from dapji.weights.convert import Report
+    from dapji.weights.merge import Survival
+
+
+def type_name(text: str) -> str:
+    """TYPE as people write it -> the name of a scheme, if there is one."""
+    name = text.upper()
+    return "Q4_K_M" if name == "Q4_K" else name
+
+
+def write(
+    source: Checkpoint,
+    type_: str,
+    out: Path,
+    *,
+    force: bool,
+    allow_requantize: bool,
+    measure: bool = False,
+    threads: int | None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """A GGUF file or a folder, as the name of `out` says. weights: by canonical name, instead of the source's own."""
+    from dapji.cli.pull import TerminalProgress
+    from dapji.errors import UsageError
+    from dapji.weights.convert import write_folder, write_quantized
+
+    to_file = out.suffix == ".gguf"
+    if to_file and out.exists() and not force:
+        raise UsageError(f"{out} exists already", hint="--force replaces it")
+    with TerminalProgress().bar(f"converting to {type_}", source.nbytes) as advance:
+        if to_file:
+            return write_quantized(
+                source,
+                out,
+                type_,
+                allow_requantize=allow_requantize,
+                measure=measure,
+                threads=threads,
+                advance=advance,
+                weights=weights,
+            )
+        return write_folder(source, out, type_, measure=measure, threads=threads, advance=advance, weights=weights)
+
+
+def record(out: Path, lineage: Lineage) -> None:
+    """Beside or in what was written just now; the record of a file that it replaced goes."""
+    from dapji.proof.lineage import write_lineage
+    from dapji.proof.record import record_path
+
+    record_path(out).unlink(missing_ok=True)
+    write_lineage(out, lineage)
+
+
+def summary(report: Report, out: Path) -> dict[str, Any]:
+    """For --json."""
+    return {
+        "path": str(out),
+        "weights": report.values,
+        "source_bytes": report.source_bytes,
+        "bytes": report.target_bytes,
+        "bits_per_weight": 8 * report.target_bytes / report.values,
+        "formats": report.formats,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "source": tensor.source.name,
+                "format": tensor.target.name,
+                "weights": tensor.values,
+                "error": tensor.error,
+            }
+            for tensor in report.tensors
+        ],
+    }
+
+
+def print_summary(report: Report, out: Path) -> None:
+    from dapji.weights.sources_base import human_size
+
+    for tensor in report.tensors:
+        if tensor.error is not None:
+            click.echo(f"{tensor.name:32}  {tensor.source.name:>4} -> {tensor.target.name:4}  {tensor.error:.6f}")
+    parts = ", ".join(f"{name} {human_size(size)}" for name, size in report.formats.items())
+    before, after = (8 * size / report.values for size in (report.source_bytes, report.target_bytes))
+    click.echo(f"{out}: {human_size(report.target_bytes)}, {after:.2f} bits per weight ({parts})")
+    click.echo(f"before: {human_size(report.source_bytes)}, {before:.2f} bits per weight", err=True)
+
+
+def survival_totals(changes: Mapping[str, Survival]) -> dict[str, float | None]:
+    """Of all changed weights together."""
+    from dapji.weights.merge import Survival
+
+    total = Survival.total(changes.values())
+    return {"share": total.share, "bits": total.bits}
+
+
+def survival_summary(changes: Mapping[str, Survival]) -> dict[str, Any]:
+    """For --json: in all, and of each changed weight by its canonical name."""
+    tensors = [
+        {
+            "name": name,
+            "share": change.share,
+            "bits": change.bits,
+            "change": math.sqrt(change.wanted),
+            "rounding": math.sqrt(change.error),
+        }
+        for name, change in changes.items()
+    ]
+    return {**survival_totals(changes), "tensors": tensors}
+
+
+def print_survival(changes: Mapping[str, Survival]) -> None:
+    """Two lines for people; on stderr advice, where rounding is larger than the change."""
+    from dapji.weights.merge import Survival
+
+    total = Survival.total(changes.values())
+    if total.share is None:
+        click.echo("survives: there is no change")
+        return
+    if total.bits is None:
+        click.echo("survives: all of the change, none of it was rounded")
+        return
+    least, change = min(changes.items(), key=lambda each: math.inf if each[1].bits is None else each[1].bits)
+    click.echo(
+        f"survives: {total.share:.1%} of the change, {total.bits:.1f} bits "
+        f"(of {len(changes)} tensors the least: {least} {change.share:.1%}, {change.bits:.1f} bits)"
+    )
+    if total.bits < 0:
+        said = f"rounding these weights is {2**-total.bits:.1f} times as large as the change"
+        click.echo(click.style("warning: ", fg="yellow", bold=True) + said, err=True, color=wants_colour())
+        advice = "use an adapter as it is (--adapter of dapji chat, run and serve), or write F16, which rounds least"
+        click.echo(click.style("hint: ", fg="cyan", bold=True) + advice, err=True, color=wants_colour())

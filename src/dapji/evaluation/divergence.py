@@ -1,0 +1,141 @@
+"""How far a model's next-token distributions are from those of a base with an adapter, on texts.
+
+As llama.cpp's `llama-perplexity --kl-divergence` compares a quantised model with its original, here of those tokens
+that training would learn. Both models compute side by side, so that no distributions are stored. Takes token ids;
+which text they are is the caller's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dapji.errors import FormatError
+from dapji.files import Files
+from dapji.models.adapter import Adapter
+from dapji.models.executor import Executor, ExecutorKind, default_kind, open_executor
+from dapji.ops.batch import KV_BLOCK, Batch
+
+_CHUNK = 64
+"""Tokens of a text in one step: as many rows of logits are held of each model."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Text:
+    """Tokens that see each other, of which some are judged."""
+
+    ids: NDArray[np.int32]
+    """[T]"""
+    judged: NDArray[np.bool_]
+    """[T] never the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Means over all judged tokens; natural logarithms."""
+
+    tokens: int
+    base_loss: float
+    """-ln p of the tokens that are there, by the base alone."""
+    adapter_loss: float
+    """By the base with the adapter."""
+    loss: float
+    """By the model."""
+    kl: float
+    """KL(base with adapter || model), over the whole vocabulary."""
+    kl_error: float
+    """Standard error of that mean."""
+    same_top: float
+    """Share of places in which both have the same likeliest token."""
+
+
+def divergence(
+    base: Files,
+    adapter: Adapter,
+    model: Files,
+    texts: Sequence[Text],
+    *,
+    executor: ExecutorKind | None = None,
+    threads: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Divergence:
+    """Both as they run: on the executor (by default native where it was built, which rounds activations that are
+    multiplied by quantised weights), with a cache of float32. progress: called after each text.
+
+    Raises FormatError where a model gives no numbers, ConfigError where a text is longer than the models' context.
+    """
+    kind = default_kind() if executor is None else executor
+    context = max(len(text.ids) for text in texts)
+    rows: list[NDArray[np.float64]] = []
+    opened = []
+    try:
+        for files, sequences in ((base, 2), (model, 1)):
+            blocks = sequences * -(-context // KV_BLOCK)
+            opened.append(
+                open_executor(
+                    kind, files.config, files.tensors, context=context, n_blocks=blocks, threads=threads, kv="f32"
+                )
+            )
+        reference, other = opened
+        number = reference.add_adapter(adapter)
+        for text in texts:
+            for start in range(0, len(text.ids) - 1, _CHUNK):
+                rows.append(_judged(text, start, reference, number, other))
+            progress()
+    finally:
+        for each in opened:
+            each.close()
+    values = np.concatenate(rows)
+    if np.isnan(values).any():
+        raise FormatError("the model's logits are not numbers", hint="its weights are probably damaged")
+    base_loss, adapter_loss, loss, kl, same_top = values.mean(axis=0).tolist()
+    return Divergence(
+        tokens=len(values),
+        base_loss=base_loss,
+        adapter_loss=adapter_loss,
+        loss=loss,
+        kl=kl,
+        kl_error=float(values[:, 3].std()) / math.sqrt(len(values)),
+        same_top=same_top,
+    )
+
+
+def _judged(text: Text, start: int, reference: Executor, number: int, other: Executor) -> NDArray[np.float64]:
+    """[R, 5] of the judged tokens that follow those from `start` on: the three losses, KL, whether the top is the same.
+    What is before `start` is in the caches."""
+    end = min(start + _CHUNK, len(text.ids) - 1)
+    places = start + np.flatnonzero(text.judged[start + 1 : end + 1])
+    labels = text.ids[places + 1]
+    plain, adapted = np.split(reference.step(_batch(text, start, end, places, [0, number])), 2)
+    p = _log_softmax(adapted)  # before the next step, as the executor's logits are valid no longer
+    taken = np.arange(len(labels)), labels
+    losses = [-_log_softmax(plain)[taken], -p[taken]]
+    q = _log_softmax(other.step(_batch(text, start, end, places, [0])))
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    return np.stack([*losses, -q[taken], kl, p.argmax(axis=1) == q.argmax(axis=1)], axis=1)
+
+
+def _batch(text: Text, start: int, end: int, places: NDArray[np.intp], adapters: list[int]) -> Batch:
+    """The tokens from `start` to `end`, once for each of `adapters`."""
+    n, n_sequences = end - start, len(adapters)
+    n_blocks = -(-len(text.ids) // KV_BLOCK)
+    return Batch(
+        tokens=np.tile(text.ids[start:end], n_sequences),
+        positions=np.tile(np.arange(start, end, dtype=np.int32), n_sequences),
+        starts=np.arange(n_sequences + 1, dtype=np.int32) * n,
+        blocks=np.arange(n_sequences * n_blocks, dtype=np.int32).reshape(n_sequences, n_blocks),
+        rows=np.concatenate([places - start + i * n for i in range(n_sequences)]).astype(np.int32),
+        adapters=np.array(adapters, dtype=np.int32),
+    )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[R, V], in float64: a divergence of 1e-6 is a difference of numbers near 1."""
+    values = logits.astype(np.float64)
+    values -= values.max(axis=1, keepdims=True)
+    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
+    return values
