@@ -54,16 +54,16 @@ def test_scores_before_and_after(tiny: Path, adapter: Path, exam: Path, dapji: D
     shown = dapji(*arguments, "-o", output)
     assert (shown.code, shown.err) == (0, "")
     assert [line.split("[")[0].split() for line in shown.out.splitlines()] == [
-        ["score", "50.0", "%"],
-        ["before", "75.0", "%"],
-        ["difference", "-25.0"],
+        ["score", "50.0%"],
+        ["before", "75.0%"],
+        ["difference", "-25.0%"],
         ["language"],
-        ["en", "66.7", "%"],
-        ["before", "66.7", "%"],
-        ["difference", "+0.0"],
-        ["ko", "0.0", "%"],
-        ["before", "100.0", "%"],
-        ["difference", "-100.0"],
+        ["en", "66.7%"],
+        ["before", "66.7%"],
+        ["difference", "+0.0%"],
+        ["ko", "0.0%"],
+        ["before", "100.0%"],
+        ["difference", "-100.0%"],
     ]
     assert "1 better, 2 worse, p = 1" in shown.out
     result = read_result(output)

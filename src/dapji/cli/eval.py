@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from dapji.cli.console import wants_colour
 from dapji.cli.options import adapter_option, context_option, executor_options, kv_memory_option
-from dapji.errors import UsageError
+from dapji.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from dapji.evaluation.bootstrap import Score
+    from dapji.evaluation.bootstrap import Difference, Score
+    from dapji.evaluation.exam import Candidate
     from dapji.evaluation.result import Comparison, Result
-    from dapji.model import Model
+
+EXAM_OPTIONS = ("judge", "by", "max_tokens", "temperature", "seed", "stop")
+TASK_OPTIONS = ("limit", "few_shot", "chat", "include")
 
 
 @click.command()
 @click.argument("model")
-@click.argument("exam", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("exam", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--task", metavar="TASK", help="Instead of EXAM: a task of lm-eval, by name or as a YAML file.")
+@click.option("--limit", type=click.IntRange(1), help="With --task: so many documents of each [default: all].")
+@click.option("--few-shot", type=click.IntRange(0), help="With --task: examples before each question.")
+@click.option("--chat", is_flag=True, help="With --task: questions are messages in the model's chat template.")
+@click.option(
+    "--include-path",
+    "include",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --task: a folder of tasks; may be repeated.",
+)
 @adapter_option
 @click.option("--against", metavar="MODEL", help="Ask this model too, and say how much better MODEL is.")
 @click.option(
@@ -44,9 +61,17 @@ if TYPE_CHECKING:
 @kv_memory_option
 @context_option
 @executor_options
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: str,
-    exam: Path,
+    exam: Path | None,
+    task: str | None,
+    limit: int | None,
+    few_shot: int | None,
+    chat: bool,
+    include: tuple[Path, ...],
     adapter: Path | None,
     against: str | None,
     against_adapter: Path | None,
@@ -62,7 +87,7 @@ def command(
     kv_memory: float,
     **values: Any,
 ) -> None:
-    """Ask MODEL the questions in EXAM, and say how many of its answers are right.
+    """Ask MODEL the questions in EXAM, or of a task, and say how many of its answers are right.
 
     EXAM has a question on each line: `messages`, of which a last one of the assistant's is a
     reference and is not shown, or `prompt`, a text that is given as it is; and what the answer has
@@ -80,8 +105,11 @@ def command(
     all their checks, with its 95 % interval; --against gives the difference too, with the interval of
     a paired bootstrap, and how likely chance alone is to change as many rows (docs/evaluation.md).
 
-    With --output, the same command goes on after Ctrl-C; until all is answered, what there is lies
-    in a folder beside it, OUTPUT.partial.
+    With --output, the same command goes on with an exam after Ctrl-C; until all is answered, what
+    there is lies in a folder beside it, OUTPUT.partial.
+
+    --task asks what a task of lm-evaluation-harness asks (pip install 'dapji[eval]'), from data on this
+    machine: a YAML file that names local files, or what the datasets library has fetched before.
 
     \b
     Examples:
@@ -89,54 +117,98 @@ def command(
       dapji eval smollm2-135m exam.jsonl --adapter runs/faq --against smollm2-135m -o result.json
       dapji eval ./tuned exam.jsonl --by language --by topic --json | jq .groups
       dapji eval smollm2-135m graded.jsonl --judge qwen2.5-coder-0.5b
+      dapji eval smollm2-135m --task arc_easy --limit 200 --few-shot 5
+      dapji eval ./tuned --task ./my-task.yaml --against smollm2-135m -o result.json
 
     Exit codes: 0 done, whatever the score, 1 failed, 2 wrong usage, 130 interrupted.
     """
-    from dapji.evaluation.answering import Asking
-    from dapji.evaluation.exam import Candidate, examine
     from dapji.evaluation.result import write_result
-    from dapji.model import load
 
+    if (exam is None) == (task is None):
+        raise click.UsageError("give either EXAM or --task")
+    _refuse(ctx, TASK_OPTIONS if task is None else EXAM_OPTIONS, "--task" if task is None else "EXAM")
     if output is not None and output.exists() and not force:
         raise UsageError(f"{output} exists already", hint="--force replaces it")
 
     def candidate(name: str, path: Path | None = None) -> Candidate:
-        def opened() -> Model:
-            return load(name, adapter=path, kv_memory=round(kv_memory * 1e9), **values)
+        from dapji.evaluation.exam import Candidate
+        from dapji.model import load
 
-        return Candidate(model=name, adapter=path, open=opened)
+        return Candidate(
+            model=name,
+            adapter=path,
+            open=lambda: load(name, adapter=path, kv_memory=round(kv_memory * 1e9), **values),
+        )
 
     if against is None and against_adapter is not None:
         against = model
     if (against, against_adapter) == (model, adapter):
         raise UsageError("--against is the same model", hint="another one, or the same with another adapter or none")
-    folder = None if output is None else output.with_name(f"{output.name}.partial")
+    asked = candidate(model, adapter)
+    compared = None if against is None else candidate(against, against_adapter)
+    settings = {name: value for name, value in values.items() if name != "threads"}
+    folder = None if output is None or exam is None else output.with_name(f"{output.name}.partial")
     with _Bars() as bars:
-        try:
-            result = examine(
-                exam,
-                candidate(model, adapter),
-                against=None if against is None else candidate(against, against_adapter),
-                judge=None if judge is None else candidate(judge),
-                by=by,
-                asking=Asking(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop),
-                settings={name: value for name, value in values.items() if name != "threads"},
-                folder=folder,
-                progress=bars.show,
-            )
-        except KeyboardInterrupt:
-            if folder is not None and folder.exists():
-                bars.close()
-                click.echo(f"what is answered is kept in {folder}; the same command goes on from there", err=True)
-            raise
-    if output is not None and folder is not None:
+        if exam is not None:
+            from dapji.evaluation.answering import Asking
+            from dapji.evaluation.exam import examine
+
+            try:
+                result = examine(
+                    exam,
+                    asked,
+                    against=compared,
+                    judge=None if judge is None else candidate(judge),
+                    by=by,
+                    asking=Asking(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop),
+                    settings=settings,
+                    folder=folder,
+                    progress=bars.show,
+                )
+            except KeyboardInterrupt:
+                if folder is not None and folder.exists():
+                    bars.close()
+                    click.echo(f"what is answered is kept in {folder}; the same command goes on from there", err=True)
+                raise
+        else:
+            assert task is not None
+            options = {"limit": limit, "few_shot": few_shot, "chat": chat, "include": include}
+            result = _task(task, asked, compared, options, settings, bars)
+    if output is not None:
         write_result(output, result)
+    if folder is not None:
         shutil.rmtree(folder)
     _print(result, as_json)
 
 
+def _refuse(ctx: click.Context, names: tuple[str, ...], of: str) -> None:
+    """Options that were given and mean nothing here."""
+    for parameter in ctx.command.params:
+        if parameter.name in names and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[-1]} goes with {of} alone")
+
+
+def _task(
+    task: str,
+    asked: Candidate,
+    compared: Candidate | None,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    bars: _Bars,
+) -> Result:
+    # Nothing is fetched, and bars are ours; these libraries look at the environment when they are imported.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    try:
+        from dapji.evaluation.tasks import TaskOptions, run_task
+    except ModuleNotFoundError as error:
+        raise UnavailableError("lm-eval is not installed", hint="pip install 'dapji[eval]'") from error
+    return run_task(
+        task, asked, against=compared, options=TaskOptions(**options), settings=settings, progress=bars.show
+    )
+
+
 class _Bars:
-    """A bar on stderr for each stage of an exam."""
+    """A bar on stderr for each stage."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -162,46 +234,60 @@ class _Bars:
         self.close()
 
 
+class _Show(NamedTuple):
+    """How numbers are written."""
+
+    score: str
+    change: str
+
+
+PERCENT = _Show("{:.1%}", "{:+.1%}")
+PLAIN = _Show("{:.4f}", "{:+.4f}")
+
+
 def _print(result: Result, as_json: bool) -> None:
     import msgspec
 
-    for name, cut in (
-        ("answers", sum(item.truncated for item in result.items)),
-        ("answers of the other model", sum(bool(item.before_truncated) for item in result.items)),
-    ):
-        if cut:
-            told = f"{cut} of {len(result.items)} {name} were cut off at {result.settings['max_tokens']} tokens"
-            click.echo(click.style(told, fg="yellow"), err=True, color=wants_colour())
+    for told in _cut(result):
+        click.echo(click.style(told, fg="yellow"), err=True, color=wants_colour())
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
         return
-    rows = _rows("score", result)
+    show = PERCENT if result.kind == "exam" else PLAIN
+    rows = _rows("score", result, show) if result.kind == "exam" else []  # a task's is one of its metrics
     for field, values in result.groups.items():
         rows.append([field])
         for value, each in values.items():
-            rows += _rows(f"  {value}", each)
+            rows += _rows(f"  {value}", each, show)
     width = max(len(row[0]) for row in rows)
     for row in rows:
         click.echo("  ".join([row[0].ljust(width), *row[1:]]).rstrip())
 
 
-def _rows(name: str, found: Result | Comparison) -> list[list[str]]:
+def _cut(result: Result) -> Iterator[str]:
+    """What was shorter than it should be."""
+    before = [bool(item.before_truncated) for item in result.items]
+    for whose, cut in (("", [item.truncated for item in result.items]), (" of the other model", before)):
+        if any(cut):
+            yield f"{sum(cut)} of {len(cut)} answers{whose} were cut off at {result.settings['max_tokens']} tokens"
+    if any(result.settings.get(name) for name in ("contexts_cut", "before_contexts_cut")):
+        yield f"{result.settings['contexts_cut']} requests were too long and lost the beginning of their context"
+
+
+def _rows(name: str, found: Result | Comparison, show: _Show) -> list[list[str]]:
     """Lines of a table for people."""
     indent = " " * (len(name) - len(name.lstrip()))
-    lines = [[name, _shown(found.score)]]
-    if found.before is not None and found.difference is not None:
-        change = found.difference
-        lines.append([f"{indent}before", _shown(found.before)])
-        lines.append(
-            [
-                f"{indent}difference",
-                f"{100 * change.value:+6.1f}    [{100 * change.low:+.1f}, {100 * change.high:+.1f}]  "
-                f"{change.better} better, {change.worse} worse, p = {change.p:.2g}",
-            ]
-        )
+    lines = [[name, *_interval(found.score, show.score), f"n = {found.score.n}"]]
+    if found.before is not None:
+        lines.append([f"{indent}before", *_interval(found.before, show.score), f"n = {found.before.n}"])
+    if (change := found.difference) is not None:
+        changed = f"{change.better} better, {change.worse} worse, p = {change.p:.2g}"
+        lines.append([f"{indent}difference", *_interval(change, show.change), changed])
     return lines
 
 
-def _shown(score: Score) -> str:
-    interval = "" if score.low is None or score.high is None else f"[{100 * score.low:.1f}, {100 * score.high:.1f}]  "
-    return f"{100 * score.value:6.1f} %  {interval}{score.n} rows"
+def _interval(found: Score | Difference, form: str) -> list[str]:
+    if found.low is None or found.high is None:
+        return [form.format(found.value).rjust(8), " " * 18]
+    low, high = form.format(found.low), form.format(found.high)
+    return [form.format(found.value).rjust(8), f"[{low}, {high}]".ljust(18)]

@@ -48,6 +48,17 @@ def proportion(passed: Sequence[float]) -> Score:
     return Score(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
 
 
+def mean_score(values: Sequence[float]) -> Score:
+    """The mean of any numbers, with the normal distribution's interval; of 0 and 1 alone, their `proportion`."""
+    if set(values) <= {0.0, 1.0}:
+        return proportion(values)
+    n, value = len(values), float(np.mean(values))
+    half = None if n < 2 else _Z * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Score(
+        value=value, low=None if half is None else value - half, high=None if half is None else value + half, n=n
+    )
+
+
 def paired_difference(after: Sequence[float], before: Sequence[float], *, seed: int = 0) -> Difference:
     """The mean difference of rows that were scored twice.
 

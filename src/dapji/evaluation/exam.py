@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from dapji import __version__
 from dapji.errors import UsageError
 from dapji.evaluation.answering import Answer, Asking, Verdict, ask, grade
 from dapji.evaluation.kept import F, Kept, begin
 from dapji.evaluation.questions import Question, read_exam
 from dapji.evaluation.result import Examined, Result, compare, group, make_items
 from dapji.model import Model
+from dapji.proof.lineage import model_paths, versions
 from dapji.weights import store
+from dapji.weights.sources_base import sha256_file
 
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how many are done, and of how many."""
@@ -44,7 +42,7 @@ class Candidate:
     def files(self) -> list[tuple[str, int, int]]:
         """Path, size and time of change of each: differs where they do. Raises ModelNotFound, OSError."""
         paths = [store.resolve(self.model), *([] if self.adapter is None else [self.adapter])]
-        found = [each for path in paths for each in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        found = [file for path in paths for file in model_paths(path).values()]
         return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
@@ -77,7 +75,7 @@ def examine(
             if field not in question.fields:
                 there = ", ".join(question.fields) or "none"
                 raise UsageError(f"{path}:{question.line}: no field {field!r} to group by", hint=f"fields: {there}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = sha256_file(path)
     settings = {**msgspec.to_builtins(asking), "judge": None if judge is None else judge.model, **settings}
     if folder is not None:
         models = {"the model": candidate, "the other model": against, "the judge": judge}
@@ -86,8 +84,12 @@ def examine(
     work = _Work(questions, graded, asking, folder, progress)
     answers = work.answers("answers", candidate)
     before = None if against is None else work.answers("before", against)
-    verdicts = {} if judge is None else work.verdicts("verdicts", judge, answers)
-    before_verdicts = {} if judge is None or before is None else work.verdicts("before-verdicts", judge, before)
+    verdicts: Mapping[int, Verdict] = {}
+    before_verdicts: Mapping[int, Verdict] = {}
+    if judge is not None:
+        verdicts = work.verdicts("verdicts", judge, answers, candidate)
+        if before is not None and against is not None:
+            before_verdicts = work.verdicts("before-verdicts", judge, before, against)
     items = make_items(questions, answers, verdicts, before, before_verdicts)
     whole = compare(items)
     return Result(
@@ -102,7 +104,7 @@ def examine(
         difference=whole.difference,
         groups={field: group(items, field) for field in by},
         items=items,
-        versions={"dapji": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        versions=versions("numpy"),
         settings=settings,
     )
 
@@ -123,11 +125,13 @@ class _Work:
 
         return self._finished(name, Answer, candidate, self.questions, f"asking {candidate}", run)
 
-    def verdicts(self, name: str, judge: Candidate, answers: Mapping[int, Answer]) -> dict[int, Verdict]:
+    def verdicts(
+        self, name: str, judge: Candidate, answers: Mapping[int, Answer], candidate: Candidate
+    ) -> dict[int, Verdict]:
         def run(model: Model, kept: Kept[Verdict], tell: Callable[[], None]) -> None:
             grade(model, self.graded, answers, kept, max_tokens=self.asking.max_tokens, progress=tell)
 
-        return self._finished(name, Verdict, judge, self.graded, f"judging by {judge}", run)
+        return self._finished(name, Verdict, judge, self.graded, f"judging {candidate}", run)
 
     def _finished(
         self,
