@@ -42,9 +42,9 @@ def test_metrics_as_json(recipe: Path, tmp_path: Path, dapji: Dapji) -> None:
     assert done.code == 0
     metrics = [json.loads(line) for line in done.out.splitlines()]
     assert [sorted(line) for line in metrics] == [
-        ["evaluation_loss", "step"],
-        ["gradient_norm", "learning_rate", "loss", "memory", "seconds", "step", "trained_tokens"],
-        ["evaluation_loss", "step"],
+        ["evaluation_bits_per_byte", "evaluation_loss", "step"],
+        ["bits_per_byte", "gradient_norm", "learning_rate", "loss", "memory", "seconds", "step", "trained_tokens"],
+        ["evaluation_bits_per_byte", "evaluation_loss", "step"],
     ]
     assert metrics[1]["learning_rate"] == 1e-3
     assert done.out == (tmp_path / "out" / "metrics.jsonl").read_text()

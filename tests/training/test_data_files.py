@@ -71,6 +71,16 @@ def test_a_text_is_one_row(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", "\ufeff한 줄\n둘\n")) == [(1, {"text": "한 줄\n둘\n"})]
 
 
+@pytest.mark.parametrize("ending", [".txt", ".md.gz"])
+def test_a_line_separates_texts(ending: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"a{ending}", "한 줄\n둘 ---\n---\r\n\n---\n---\n셋\n\n넷\n---\n다섯\n---")
+    found = [(line, fields) for line, fields in rows(path, separator="---")]
+    assert found == [(1, {"text": "한 줄\n둘 ---"}), (7, {"text": "셋\n\n넷"}), (11, {"text": "다섯"})]
+    write(tmp_path / "a.txt", "하나\n---\n\n").write_bytes("하나\n---\n\n".encode() + b"\xff")
+    with pytest.raises(FormatError, match="line 4: not UTF-8"):
+        list(rows(tmp_path / "a.txt", separator="---"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

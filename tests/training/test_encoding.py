@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ from dapji.chat import ChatTemplate
 from dapji.chat.turn import Turns
 from dapji.errors import ContextError, DapjiError, FormatError, TemplateError
 from dapji.tokenizer import Tokenizer
+from dapji.training.data.dataset import Dataset
 from dapji.training.data.encoding import Encoder, Sample
 from dapji.training.data.examples import Conversation, Preference, Rated, Text
+from dapji.training.data.stream import Stream
 from tiny import CHATML, CONTROL
 
 ASKED = {"role": "user", "content": "2 + 2?"}
@@ -210,6 +215,25 @@ def test_a_long_text_is_cut_and_each_token_is_learned_once(both: Tokenizers, add
         whole = [*tokenizer.encode(text), tokenizer.eos_id]
         assert learned == (whole if tokenizer.add_bos else whole[1:])  # nothing is before the very first
         assert encoded.notes == {"cut into pieces"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=8), size=st.integers(4, 40), seed=st.integers(0, 9))
+def test_windows_hold_every_token_of_every_text_once(
+    both: Tokenizers, lengths: list[int], size: int, seed: int
+) -> None:
+    """Also of texts that are much longer than a window; each end is learned, and a sequence is a part of one text."""
+    encoder = Encoder(both.ours, max_length=size)
+    texts = ["".join(chr(33 + (7 * i + n) % 90) for i in range(n)) for n in lengths]
+    samples = [sample for text in texts for sample in encoder.encode(Text(text=text)).samples]
+    with TemporaryDirectory() as folder:
+        stream = Stream(Dataset.write(Path(folder) / "set", samples), capacity=2 * size, seed=seed)
+        windows = [stream.window(i) for i in range(len(stream.epoch(0)))]
+    learned = Counter(token for window in windows for token in window.labels.tolist())
+    whole = [[*both.ours.encode(text), both.ours.eos_id] for text in texts]
+    assert learned == Counter(token for ids in whole for token in ids[1:])  # nothing is before the very first
+    found = [window.tokens[a:b].tolist() for window in windows for a, b in pairwise(window.starts.tolist())]
+    assert all(any(ids[i : i + len(part)] == part for ids in whole for i in range(len(ids))) for part in found)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from byte_tokenizers import Tokenizers
 from dapji.errors import FormatError
 from dapji.training.data.encoding import Encoder
-from dapji.training.data.reading import Reader, prepare
+from dapji.training.data.reading import Reader, prepare, texts_of
 
 
 def test_invalid_rows_are_refused_or_counted(both: Tokenizers, tmp_path: Path) -> None:
@@ -33,3 +33,14 @@ def test_invalid_rows_are_refused_or_counted(both: Tokenizers, tmp_path: Path) -
     assert (len(dataset), left_out, len(seen)) == (21, 10, 31)
     (last,) = dataset[20].sequences
     assert both.theirs.decode(last.ids) == "1 + 1 = 2</s>"
+
+
+def test_texts_for_a_tokenizer_are_what_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "2 + 2?", "output": "4"}))
+    (tmp_path / "b.txt").write_text("one\n---\ntwo")
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    assert list(texts_of(paths, separator="---")) == ["2 + 2?", "4", "one", "two"]
+    assert list(texts_of(paths[1:])) == ["one\n---\ntwo"]
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": ""}')
+    with pytest.raises(FormatError, match=r"c.jsonl:2: text is \"\", expected a text that is not empty"):
+        list(texts_of([tmp_path / "c.jsonl"]))

@@ -226,13 +226,16 @@ def test_recipes_are_strict(tmp_path: Path) -> None:
     assert isinstance(recipe, Recipe)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*/recipe.toml")), ids=lambda path: path.parent.name)
+RECIPES = sorted((ROOT / "runs").glob("*/*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[f"{path.parent.name}-{path.stem}" for path in RECIPES])
 def test_every_recipe_has_a_tiny_profile_that_runs(path: Path, tmp_path: Path) -> None:
     """On a tiny model; its own examples, where it has some."""
     changes = {"model": str(tiny.write_model(tmp_path / "tiny.gguf")), "output": str(tmp_path / "out")}
     if not (path.parent / "train.jsonl").exists():
         write = tiny.write_pairs if path.parent.name == "preference" else tiny.write_examples
-        changes["data.train"] = json.dumps([str(write(tmp_path / "train.jsonl"))])
+        changes["data.train"] = changes["data.evaluate"] = json.dumps([str(write(tmp_path / "train.jsonl"))])
     if path.parent.name == "distillation":
         changes["method.teacher"] = changes["model"]
     if path.parent.name != "arithmetic":  # whose prompts are short

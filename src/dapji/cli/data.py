@@ -48,6 +48,7 @@ def command() -> None:
     help="Look for its rows in FILES.",
 )
 @click.option("--format", "convention", help="The files' convention [default: told by their fields].")
+@click.option("--separator", help="The line between two texts of a text file [default: a file is one text].")
 @click.option("--context", type=click.IntRange(1), help="Longest sequence in tokens [default: the model's].")
 @click.option("--truncate", is_flag=True, help="Cut longer ones at their end instead of refusing them.")
 @click.option("--show", type=click.IntRange(0), default=3, show_default=True, help="Examples to show with their masks.")
@@ -57,6 +58,7 @@ def check(
     model: str,
     evaluation: Path | None,
     convention: str | None,
+    separator: str | None,
     context: int | None,
     truncate: bool,
     show: int,
@@ -108,9 +110,9 @@ def check(
             bar.update()
 
         report = check_files(
-            [Reader(path, encoder, convention=convention) for path in files],
+            [Reader(path, encoder, convention=convention, separator=separator) for path in files],
             tokenizer,
-            evaluation=None if evaluation is None else Reader(evaluation, encoder),
+            evaluation=None if evaluation is None else Reader(evaluation, encoder, separator=separator),
             show=show,
             progress=progress,
         )

@@ -28,6 +28,7 @@ COMMANDS = {
     "quantize": "Write a smaller copy of a model.",
     "merge": "Put an adapter into a model's own weights.",
     "export": "Write an adapter for llama.cpp, or for PEFT.",
+    "new": "Write a model that has learned nothing yet, to train from scratch.",
     "tune": "Adapt a model to your own examples.",
     "distill": "Write a teacher's answers as examples.",
     "data": "Check examples before a model learns from them.",

@@ -144,6 +144,7 @@ class _Shown:
 def _own(metrics: Mapping[str, Any], prefix: str = "") -> str:
     """What a method measures beside its loss, as far as people look at it while it runs."""
     shown = (
+        ("bits_per_byte", "{:.3f} bits per byte"),
         ("accuracy", "accuracy {:.0%}"),
         ("margin", "margin {:.2f}"),
         ("reward", "reward {:.3f}"),

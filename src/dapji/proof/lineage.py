@@ -24,8 +24,8 @@ from dapji.weights.summary import folder_licence, licence_of
 
 Kind: TypeAlias = Literal["new", "tune", "merge", "quantize", "convert", "distill"]
 """How it was made; `distill`: a file of examples, by a teacher."""
-Role: TypeAlias = Literal["base", "adapter", "teacher", "source"]
-"""What a parent was to it; `source`: the same model in other formats."""
+Role: TypeAlias = Literal["base", "adapter", "teacher", "tokenizer", "source"]
+"""What a parent was to it; `tokenizer`: only its vocabulary was taken; `source`: the same model in other formats."""
 Use: TypeAlias = Literal["train", "evaluate", "reward", "prompts"]
 
 

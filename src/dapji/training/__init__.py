@@ -5,6 +5,7 @@ network        a model's weights as parameters      trainer        THE loop: win
 loss           cross-entropy in chunks              checkpoints    whole states of a run, written beside it
 supervised, preference   methods                    sharding       several processes, one model
 methods        what a recipe's [method] becomes     output         what a run leaves, and where it came from
+new            a model that has learned nothing yet, with a tokenizer of its own
 reference      what the base says of answers        tune           a recipe, put together
 rollouts       answers that the model writes, and what they are worth: by an actor (engine), rewards, for a policy
 teacher        what another model thinks of learned tokens, for distillation; answers: its answers as examples

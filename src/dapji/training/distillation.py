@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dapji.training.data.stream import Window
 from dapji.training.loss import distillation_losses
 from dapji.training.network import Network
 from dapji.training.settings import DistillSettings
+from dapji.training.supervised import bits_per_byte
 from dapji.training.teacher import Taught
 from dapji.training.trainer import Method, Outcome
 
@@ -19,8 +22,10 @@ class Distillation(Method):
     The divergence is over the teacher's likeliest tokens and all others as one.
     """
 
-    def __init__(self, settings: DistillSettings) -> None:
+    def __init__(self, settings: DistillSettings, token_bytes: NDArray[np.int64] | None = None) -> None:
+        """token_bytes: as `bits_per_byte` takes it."""
         self._weight = settings.weight
+        self._token_bytes = token_bytes
 
     def count(self, window: Window) -> int:
         return int(window.learned.sum())
@@ -45,6 +50,6 @@ class Distillation(Method):
 
         labels, divergences = network(window, head)
         loss = self._weight * divergences.sum() + (1 - self._weight) * labels.sum()
-        n = len(labels)
-        metrics = {"label_loss": (labels.sum().item(), n), "kl": (divergences.sum().item(), n)}
-        return Outcome(loss, metrics)
+        n, label_loss = len(labels), labels.sum().item()
+        metrics = {"label_loss": (label_loss, n), "kl": (divergences.sum().item(), n)}
+        return Outcome(loss, metrics | bits_per_byte(label_loss, window, self._token_bytes))

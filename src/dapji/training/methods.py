@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dapji.engine import BaseEngine
 from dapji.files import Files, open_files
 from dapji.model import load
@@ -48,7 +51,8 @@ _TEACHER_CACHE = 1 << 30
 """Bytes of a teacher's keys and values."""
 
 
-def make_method(settings: MethodSettings) -> Method:
+def make_method(settings: MethodSettings, token_bytes: NDArray[np.int64] | None = None) -> Method:
+    """token_bytes: as `bits_per_byte` takes it."""
     match settings:
         case DpoSettings():
             return Dpo(settings)
@@ -61,9 +65,9 @@ def make_method(settings: MethodSettings) -> Method:
         case GrpoSettings() | OnPolicySettings():
             return Policy(clip=settings.clip, kl=settings.kl)
         case DistillSettings():
-            return Distillation(settings)
+            return Distillation(settings, token_bytes)
         case _:
-            return Supervised()
+            return Supervised(token_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,13 +129,14 @@ def _hashes(paths: Sequence[str]) -> list[dict[str, str]]:
 def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
     data = recipe.data
     kind = recipe.method.examples
-    longest = data.window if kind == "texts" else data.window // 2
+    room = data.window if kind == "texts" else data.window // 2
+    longest = min(room, files.config.max_context)
     encoder = Encoder(files.tokenizer(), max_length=longest, truncate=data.truncate)
     notes: Counter[str] = Counter()
     invalid, hashes = 0, {}
     for name, paths in (("train", data.train), ("evaluate", data.evaluate)):
         if paths:
-            readers = [Reader(Path(path), encoder, convention=data.format) for path in paths]
+            readers = [Reader(Path(path), encoder, convention=data.format, separator=data.separator) for path in paths]
             dataset, left_out = prepare(
                 readers, folder / name, skip_invalid=data.skip_invalid, progress=lambda entry: notes.update(entry.notes)
             )

@@ -43,6 +43,8 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Files that are held out."""
     format: str | None = None
     """The convention that all are in; None: what their fields say."""
+    separator: str | None = None
+    """The line between two texts of a text file (.txt, .md); None: a file is one text."""
     window: Positive = 1024
     """Tokens that are computed at once: examples are packed into windows of this size. The longest example; of
     two answers that stay in one window, each has half of it."""

@@ -24,6 +24,7 @@ from dapji.training.network import Network, Stored
 from dapji.training.run_data import read_data
 from dapji.training.settings import Recipe, layer_matrices, write_recipe
 from dapji.training.sharding import is_first, process_group, shard, together
+from dapji.training.supervised import bytes_of_tokens
 from dapji.training.trainer import Report, Trainer, make_optimizer
 
 RECIPE, METRICS, CHECKPOINTS = "recipe.toml", "metrics.jsonl", "checkpoints"
@@ -130,7 +131,7 @@ def _run(
 
         trainer = Trainer(
             network,
-            make_method(recipe.method),
+            make_method(recipe.method, bytes_of_tokens(files.tokenizer(), files.config.vocab_size)),
             sources.train,
             windows=sources.windows,
             optimizer=recipe.optimizer,

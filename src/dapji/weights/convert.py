@@ -161,8 +161,6 @@ def write_folder(
     """
     if dtype not in FLOATS:
         raise UsageError(f"a folder holds weights as {', '.join(FLOATS)}, not {dtype!r}", hint="give a file, as m.gguf")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} exists already", hint="give the name of a new folder; none is ever replaced")
     translate = families.from_gguf if source.kind == "gguf" else families.from_hf
     config, own = translate(source.metadata, source.tensors)
     config_json, tensors = families.to_hf(config, {**own, **(weights or {})})

@@ -174,7 +174,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `target` when the block ends without an exception."""
+    """A folder to fill; it becomes `target` when the block ends without an exception.
+
+    Raises UsageError where `target` is there and not an empty folder, or the disk refuses.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} exists already", hint="give the name of a new folder; none is ever replaced")
     try:
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     except OSError as error:

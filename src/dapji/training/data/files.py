@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -24,22 +25,24 @@ class Row(NamedTuple):
     fields: Mapping[str, Any] | FormatError
 
 
-def rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, whose kind its name tells. A text file is one row with the field `text`.
+def rows(path: Path, *, separator: str | None = None) -> Iterator[Row]:
+    """The rows of a file, whose kind its name tells. A text file is one row with the field `text`; with a separator,
+    which stands alone on a line, one for each text between: only one of them is in memory.
 
     Raises FormatError where the file as a whole cannot be read, UnavailableError for Parquet without pyarrow, OSError.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     gzipped = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if gzipped else suffixes)[-1:]
-    if not kind or kind[0] not in _READERS:
+    if not kind or kind[0] not in _ENDINGS:
         raise FormatError(
             f"{path}: unknown kind of file {''.join(kind) or path.name!r}",
-            hint=f"known endings: {', '.join(_READERS)}; each also with .gz",
+            hint=f"known endings: {', '.join(_ENDINGS)}; each also with .gz",
         )
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
-            yield from _READERS[kind[0]](cast(IO[bytes], file))
+            stream = cast(IO[bytes], file)
+            yield from _texts(stream, separator) if kind[0] in _TEXTS else _READERS[kind[0]](stream)
     except (gzip.BadGzipFile, EOFError) as error:
         raise FormatError(f"{path}: broken gzip data: {error}") from error
     except FormatError as error:
@@ -144,15 +147,27 @@ def _parquet(file: IO[bytes]) -> Iterator[Row]:
         raise FormatError(f"no Parquet file: {error}") from error
 
 
-def _plain(file: IO[bytes]) -> Iterator[Row]:
-    yield Row(1, {"text": _utf8(file.read())})
+def _texts(file: IO[bytes], separator: str | None) -> Iterator[Row]:
+    if separator is None:
+        yield Row(1, {"text": _utf8(file.read())})
+        return
+    mark = separator.strip().encode()
+    first, lines = 1, list[bytes]()
+    for number, line in enumerate(chain(file, [mark]), start=1):
+        if line.strip() != mark:
+            lines.append(line)
+            continue
+        if text := _utf8(b"".join(lines), first).strip("\r\n"):
+            yield Row(first, {"text": text})
+        first, lines = number + 1, []
 
 
-def _utf8(data: bytes) -> str:
+def _utf8(data: bytes, first: int = 1) -> str:
+    """first: the line of the file with which the data begins."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first
         raise FormatError(f"line {line}: not UTF-8: {error.reason} at byte {error.start}") from error
 
 
@@ -162,6 +177,6 @@ _READERS: Mapping[str, Callable[[IO[bytes]], Iterator[Row]]] = {
     ".csv": _table(","),
     ".tsv": _table("\t"),
     ".parquet": _parquet,
-    ".txt": _plain,
-    ".md": _plain,
 }
+_TEXTS = (".txt", ".md")
+_ENDINGS = (*_READERS, *_TEXTS)

@@ -38,8 +38,11 @@ class Entry:
 class Reader:
     """The rows of a file as examples, encoded."""
 
-    def __init__(self, path: Path, encoder: Encoder, *, convention: str | None = None) -> None:
-        """convention: a name of CONVENTIONS; None: what the fields of the first row say. Raises UsageError."""
+    def __init__(
+        self, path: Path, encoder: Encoder, *, convention: str | None = None, separator: str | None = None
+    ) -> None:
+        """convention: a name of CONVENTIONS; None: what the fields of the first row say. separator: as `rows` takes it.
+        Raises UsageError."""
         if convention is not None and convention not in CONVENTIONS:
             raise UsageError(f"unknown convention {convention!r}", hint=f"one of: {', '.join(CONVENTIONS)}")
         self.path = path
@@ -48,11 +51,12 @@ class Reader:
         self.unread: Counter[str] = Counter()
         """Fields that this convention does not read, and in how many rows they stand."""
         self._encoder = encoder
+        self._separator = separator
 
     def __iter__(self) -> Iterator[Entry]:
         """Raises FormatError where the file cannot be read or its convention cannot be told, UnavailableError, OSError;
         what is wrong with a row is in its entry."""
-        for line, fields in rows(self.path):
+        for line, fields in rows(self.path, separator=self._separator):
             if isinstance(fields, FormatError):
                 yield Entry(path=self.path, line=line, error=fields)
                 continue
@@ -69,6 +73,20 @@ class Reader:
                 yield Entry(path=self.path, line=line, error=error)
             else:
                 yield Entry(path=self.path, line=line, example=example, samples=encoded.samples, notes=encoded.notes)
+
+
+def texts_of(paths: Sequence[Path], *, separator: str | None = None) -> Iterator[str]:
+    """What is said in all rows of files, to train a tokenizer. Raises as `Reader`, FormatError also for a wrong row."""
+    for path in paths:
+        convention: Convention | None = None
+        for line, fields in rows(path, separator=separator):
+            try:
+                if isinstance(fields, FormatError):
+                    raise fields
+                convention = convention or detect(fields)
+                yield from filter(None, convention.example(fields).texts)
+            except FormatError as error:
+                raise FormatError(f"{path}:{line}: {error.message}", hint=error.hint) from error
 
 
 def prepare(
