@@ -29,9 +29,17 @@ def recipe(tmp_path: Path, tiny: Path) -> Path:
 def test_a_run_prints_its_folder(recipe: Path, tmp_path: Path, dapji: Dapji) -> None:
     done = dapji("tune", recipe)
     assert (done.code, done.out) == (0, f"{tmp_path}/out\n")
-    first, *evaluations = done.err.splitlines()
+    first, page, before, after, summary, again = done.err.splitlines()
     assert first.startswith("8 examples, 3 steps, ")
-    assert [line.split()[:2] for line in evaluations] == [["step", "0"], ["step", "3"]]
+    assert page == again == f"report     {tmp_path}/out/report.html"
+    assert "Finished after 3 steps." in (tmp_path / "out" / "report.html").read_text()
+    assert [line.split()[:2] for line in (before, after)] == [["step", "0"], ["step", "3"]]
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(line["trained_tokens"] for line in metrics if "loss" in line)
+    held_out = " -> ".join(f"{line['evaluation_loss']:.4f}" for line in metrics if "evaluation_loss" in line)
+    assert summary.startswith(
+        f"held-out loss {held_out}, loss {metrics[-2]['loss']:.4f}, {tokens} trained tokens in 00:0"
+    )
     again = dapji("tune", recipe)
     assert again.code == 1
     assert "a finished run" in again.err

@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "Write an adapter for llama.cpp, or for PEFT.",
     "new": "Write a model that has learned nothing yet, to train from scratch.",
     "tune": "Adapt a model to your own examples.",
+    "report": "Write the page of a run, or of several to compare.",
     "distill": "Write a teacher's answers as examples.",
     "data": "Check examples before a model learns from them.",
     "eval": "Examine a model with your own questions.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,13 @@ from dapji.cli.console import wants_colour
 
 if TYPE_CHECKING:
     from dapji.training.tune import Planned
+
+_BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+_LATELY = 10
+"""Steps whose speed is shown."""
+_CURVE = 8
+"""Characters of the loss so far."""
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @click.command()
@@ -45,9 +53,9 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
       beta = 0.1
 
     The output holds an adapter that PEFT loads, or a model that transformers loads; metrics.jsonl,
-    the whole recipe, and dapji.json, which says what it was made of. Ctrl-C ends the step that runs,
-    keeps it and stops; --resume goes on from there, or from the last checkpoint of a run that was
-    killed, as if nothing had happened.
+    the whole recipe, and dapji.json, which says what it was made of; and report.html, which can be
+    looked at while the run goes on. Ctrl-C ends the step that runs, keeps it and stops; --resume goes
+    on from there, or from the last checkpoint of a run that was killed, as if nothing had happened.
 
     Several processes train one model together under torchrun:
     torchrun --nproc-per-node 2 -m dapji tune RECIPE
@@ -76,11 +84,12 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
         if "=" not in change:
             raise click.BadParameter(f"{change!r} is no KEY=VALUE", param_hint="CHANGES")
     settings = read_recipe(recipe, profile=profile, changes=dict(change.split("=", 1) for change in changes))
-    with _Shown(as_json) as shown:
+    with _Shown(Path(settings.output), as_json) as shown:
         ended = tune(settings, resume=resume, prepare=shown.prepare, plan=shown.plan, report=shown.report)
     if not ended:
         click.echo("interrupted; --resume goes on", err=True)
         raise click.exceptions.Exit(130)
+    shown.sum_up()
     if not as_json:
         click.echo(settings.output)
 
@@ -88,9 +97,12 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
 class _Shown:
     """A run in the terminal: on stderr a bar, and a line for each evaluation; JSON lines on stdout where asked for."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, folder: Path, as_json: bool) -> None:
+        self._folder = folder
         self._as_json = as_json
         self._bar: Any = None
+        self._steps: list[Mapping[str, Any]] = []
+        self._held_out: list[float] = []
 
     def prepare(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -99,11 +111,12 @@ class _Shown:
             self._bar = tqdm(total=total, desc="before training", disable=None, leave=False)
         self._bar.update(done - self._bar.n)
         if done == total:
-            self._bar.close()
-            self._bar = None
+            self._close()
 
     def plan(self, planned: Planned) -> None:
         from tqdm import tqdm
+
+        from dapji.training.report import PAGE
 
         share = f"{planned.trained / planned.parameters:.1%} of {planned.parameters / 1e6:.0f}M weights"
         full = "" if planned.fill is None else f", windows {planned.fill:.0%} full"
@@ -114,31 +127,77 @@ class _Shown:
             click.echo(f"{count} examples: {note}", err=True)
         if planned.done:
             click.echo(f"goes on after step {planned.done}", err=True)
-        self._bar = tqdm(total=planned.steps, initial=planned.done, unit="step", disable=None, leave=False)
+        click.echo(f"report     {self._folder / PAGE}", err=True)
+        self._bar = tqdm(
+            total=planned.steps, initial=planned.done, disable=None, leave=False, dynamic_ncols=True, bar_format=_BAR
+        )
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         if self._as_json:
             click.echo(json.dumps(metrics))
             sys.stdout.flush()
         if "evaluation_loss" in metrics:
+            self._held_out.append(metrics["evaluation_loss"])
             line = f"step {metrics['step']:>6}  held-out loss {metrics['evaluation_loss']:.4f}"
             line += _own(metrics, "evaluation_")
             with self._bar.external_write_mode(file=sys.stderr):
                 click.echo(click.style(line, fg="green"), err=True, color=wants_colour())
         else:
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}{_own(metrics)}, "
-                f"{metrics['trained_tokens'] / metrics['seconds']:.0f} trained tokens/s",
-                refresh=False,
-            )
+            self._steps.append(metrics)
+            lately = self._steps[-_LATELY:]
+            own = _own({name: value for name, value in metrics.items() if name != "bits_per_byte"})  # as the loss goes
+            parts = [f"loss {metrics['loss']:.4f}{own}", self._curve(), f"{_speed(lately):.0f} tok/s"]
+            self._bar.set_postfix_str("  ".join([*filter(None, parts), _gigabytes(lately)]), refresh=False)
             self._bar.update()
+
+    def _curve(self) -> str:
+        """The loss so far, as a line of blocks; nothing where the terminal has none."""
+        losses = [metrics["loss"] for metrics in self._steps]
+        if len(losses) < _CURVE or "utf" not in (sys.stderr.encoding or "").lower():
+            return ""
+        cuts = [i * len(losses) // _CURVE for i in range(_CURVE + 1)]
+        means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(cuts)]
+        low, high = min(means), max(means)
+        return "".join(_BLOCKS[round((mean - low) / ((high - low) or 1) * (len(_BLOCKS) - 1))] for mean in means)
+
+    def sum_up(self) -> None:
+        """What came of it, after the last step."""
+        from tqdm import tqdm
+
+        from dapji.training.report import PAGE
+
+        self._close()
+        losses = [f"loss {self._steps[-1]['loss']:.4f}"] if self._steps else []
+        if len(self._held_out) > 1:
+            losses.insert(0, f"held-out loss {self._held_out[0]:.4f} -> {self._held_out[-1]:.4f}")
+        if self._steps:
+            tokens, seconds = (sum(metrics[name] for metrics in self._steps) for name in ("trained_tokens", "seconds"))
+            losses.append(
+                f"{tokens:,} trained tokens in {tqdm.format_interval(seconds)}, {_speed(self._steps):.0f} a second"
+            )
+            losses.append(f"at most {_gigabytes(self._steps)}")
+        click.echo(", ".join(losses), err=True)
+        click.echo(f"report     {self._folder / PAGE}", err=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def __enter__(self) -> _Shown:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close()
+
+
+def _speed(steps: Sequence[Mapping[str, Any]]) -> float:
+    """Trained tokens a second."""
+    return float(sum(metrics["trained_tokens"] for metrics in steps) / sum(metrics["seconds"] for metrics in steps))
+
+
+def _gigabytes(steps: Sequence[Mapping[str, Any]]) -> str:
+    return f"{max(metrics['memory'] for metrics in steps) / 1e9:.1f} GB"
 
 
 def _own(metrics: Mapping[str, Any], prefix: str = "") -> str:

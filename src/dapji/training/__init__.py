@@ -7,6 +7,8 @@ supervised, preference   methods                    sharding       several proce
 methods        what a recipe's [method] becomes     output         what a run leaves, and where it came from
 new            a model that has learned nothing yet, with a tokenizer of its own
 reference      what the base says of answers        tune           a recipe, put together
+log            what a run tells while it goes on      samples        what the model answers meanwhile
+report         the page of a run                    writers        other programs' logs
 rollouts       answers that the model writes, and what they are worth: by an actor (engine), rewards, for a policy
 teacher        what another model thinks of learned tokens, for distillation; answers: its answers as examples
 

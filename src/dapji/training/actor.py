@@ -1,8 +1,8 @@
 """`Actor`: the model as it is being trained, on an engine of ours, which writes and scores answers.
 
-Its weights are those of the training, in float32 on a CPU: an adapter is given to the engine as it is, on the base's
-own values; a whole model's weights are packed anew. So what it says of an answer is what training computes, up to the
-order of sums. Knows neither rewards nor losses.
+An adapter is given to the engine as it is, beside the base; a whole model's weights are packed anew, in float32 on a
+CPU. On a base without blocks, what it says of an answer is what training computes, up to the order of sums. Knows
+neither rewards nor losses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from dapji.training.network import MAGNITUDE, A, B
 from dapji.training.settings import LoraSettings
 
 _PARALLEL = 64
-"""Answers that are written at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +40,7 @@ class Answer:
 
 
 class Actor:
-    """A context manager. All ranks make one, each of which has the whole model."""
+    """Each has the whole model. To be closed."""
 
     def __init__(
         self,
@@ -53,16 +52,19 @@ class Actor:
         context: int,
         device: str = "cpu",
         dtype: Literal["float32", "bfloat16"] = "float32",
+        parallel: int = _PARALLEL,
     ) -> None:
-        """base: the weights that training begins from. context: tokens of a prompt and its answer, at most."""
+        """base: the weights that training begins from; products with blocks round what training computes with whole
+        (`Tensor.without_blocks`). context: tokens of a prompt and its answer, at most. parallel: answers that are
+        written at a time."""
         self._config = config
         self._tokenizer = tokenizer
         self._lora = lora
         self._context = context
         self._device = device
         self._dtype = dtype
-        # Products with blocks would round what training computes with whole.
-        self._base_weights = {name: tensor.without_blocks() for name, tensor in base.items()}
+        self._parallel = parallel
+        self._base_weights = base
         self._base: tuple[Executor, Engine] | None = None
         self._own: tuple[Executor, Engine] | None = None
         self._adapter = 0
@@ -119,7 +121,7 @@ class Actor:
         def score(sequence: Sequence[int], start: int) -> NDArray[np.float32]:
             return engine.score(sequence, start=start).chosen.astype(np.float32)
 
-        with ThreadPoolExecutor(_PARALLEL) as pool:
+        with ThreadPoolExecutor(self._parallel) as pool:
             return list(pool.map(score, sequences, starts))
 
     def close(self) -> None:
@@ -146,14 +148,14 @@ class Actor:
             self._config,
             weights,
             context=self._context,
-            n_blocks=_PARALLEL * -(-self._context // KV_BLOCK),
+            n_blocks=self._parallel * -(-self._context // KV_BLOCK),
             kv="f32",
             device=self._device,
             dtype="float32" if on_cpu else self._dtype,
         )
         tokenizer = self._tokenizer
         return executor, Engine(
-            executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, max_running=_PARALLEL
+            executor, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size, max_running=self._parallel
         )
 
     def _close_own(self) -> None:

@@ -210,7 +210,7 @@ def _teacher(name: str, files: Files, context: int, device: str) -> Iterator[Bas
 def _actor(recipe: Recipe, files: Files, device: str) -> Iterator[Actor]:
     actor = Actor(
         files.config,
-        {name: tensor for name, tensor in files.tensors.items() if not name.startswith("predictors.")},
+        {name: tensor.without_blocks() for name, tensor in files.tensors.items() if not name.startswith("predictors.")},
         files.tokenizer(),
         lora=recipe.lora,
         context=recipe.data.window,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from dapji.files import Files
 from dapji.training.data.dataset import Dataset
 from dapji.training.data.encoding import Encoder, Sample
 from dapji.training.data.prompts import Prompt, read_prompts
-from dapji.training.data.reading import Reader, prepare, refusal
+from dapji.training.data.reading import Entry, Reader, prepare, refusal
+from dapji.training.data.report import Shown, shown, shown_prompt
 from dapji.training.data.stream import Stream
 from dapji.training.kto_data import mismatched
+from dapji.training.samples import Question, Spread, has_room, held_out_count, question_of, question_of_prompt, spread
 from dapji.training.settings import Recipe, RolloutSettings
 from dapji.training.sharding import is_first, together
 from dapji.weights.files import replacing
@@ -27,6 +31,8 @@ _KINDS = {
     "pairs": "preferences",
     "rated": "answers with ratings",
 }
+_SHOWN = 3
+"""Examples of train that are kept for people."""
 _PROMPTS = "{}.jsonl"
 _RECORD = "read.json"
 """Written when all is there."""
@@ -40,7 +46,8 @@ class RunData:
     """Those of `train`."""
     record: Mapping[str, Any]
     """files: of train and evaluate, each with its sha256. invalid: rows that were left out. notes: how many
-    examples each `encoding.Note` is true of."""
+    examples each `encoding.Note` is true of. shown: the first examples of train (`data.report.Shown`). questions: of
+    what is held out, for `samples.Sampler`."""
 
     @classmethod
     def read(cls, recipe: Recipe, files: Files, folder: Path) -> RunData:
@@ -105,6 +112,8 @@ def _prepare_prompts(recipe: Recipe, files: Files, folder: Path) -> dict[str, An
         raise UsageError(f"method.max_tokens ({method.max_tokens}) leaves no room in data.window ({data.window})")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, invalid, hashes = files.tokenizer(), 0, {}
+    shown: list[Shown] = []
+    questions: list[Question] = []
     for name, paths in (("train", data.train), ("evaluate", data.evaluate)):
         entries = [entry for path in paths for entry in read_prompts(Path(path), tokenizer, max_length=room)]
         wrong = [entry for entry in entries if entry.error is not None]
@@ -119,7 +128,18 @@ def _prepare_prompts(recipe: Recipe, files: Files, folder: Path) -> dict[str, An
         invalid += len(wrong)
         if paths:
             hashes[name] = _hashes(paths)
-    return {"files": hashes, "invalid": invalid, "notes": {}}
+        if name == "train":
+            good = (entry for entry in entries if entry.prompt is not None)
+            shown = [shown_prompt(entry, tokenizer) for entry in islice(good, _SHOWN)]
+        else:
+            questions = [question_of_prompt(prompt) for prompt in spread(prompts, held_out_count(recipe))]
+    return {"files": hashes, "invalid": invalid, "notes": {}, **_looked_at(recipe, files, shown, questions)}
+
+
+def _looked_at(recipe: Recipe, files: Files, shown: Sequence[Shown], questions: Sequence[Question]) -> dict[str, Any]:
+    """Of a record, what people see."""
+    kept = [asdict(question) for question in questions if has_room(question, recipe.samples, files.config)]
+    return {"shown": [asdict(each) for each in shown], "questions": kept}
 
 
 def _hashes(paths: Sequence[str]) -> list[dict[str, str]]:
@@ -131,14 +151,25 @@ def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
     kind = recipe.method.examples
     room = data.window if kind == "texts" else data.window // 2
     longest = min(room, files.config.max_context)
-    encoder = Encoder(files.tokenizer(), max_length=longest, truncate=data.truncate)
+    tokenizer = files.tokenizer()
+    encoder = Encoder(tokenizer, max_length=longest, truncate=data.truncate)
     notes: Counter[str] = Counter()
+    firsts: list[Entry] = []
+    held_out = Spread(held_out_count(recipe))
     invalid, hashes = 0, {}
+
+    def note(name: str, entry: Entry) -> None:
+        notes.update(entry.notes)
+        if name == "evaluate":
+            held_out.add(entry)
+        elif entry.error is None and len(firsts) < _SHOWN:
+            firsts.append(entry)
+
     for name, paths in (("train", data.train), ("evaluate", data.evaluate)):
         if paths:
             readers = [Reader(Path(path), encoder, convention=data.format, separator=data.separator) for path in paths]
             dataset, left_out = prepare(
-                readers, folder / name, skip_invalid=data.skip_invalid, progress=lambda entry: notes.update(entry.notes)
+                readers, folder / name, skip_invalid=data.skip_invalid, progress=partial(note, name)
             )
             kinds = {_kind(dataset[i]) for i in range(len(dataset))}
             if kinds != {kind}:
@@ -151,7 +182,13 @@ def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
                 mismatched(dataset, folder / name, max_length=longest, seed=recipe.seed)
             invalid += left_out
             hashes[name] = _hashes(paths)
-    return {"files": hashes, "invalid": invalid, "notes": dict(notes)}
+    seen = _looked_at(
+        recipe,
+        files,
+        [shown(entry, tokenizer) for entry in firsts],
+        [question_of(each, tokenizer) for each in held_out],
+    )
+    return {"files": hashes, "invalid": invalid, "notes": dict(notes), **seen}
 
 
 def _kind(sample: Sample) -> str:

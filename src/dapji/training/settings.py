@@ -242,6 +242,19 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: Literal["float32", "bfloat16", "stored"] = "float32"
     """Of weights that are not trained, and of activations. stored: the layers' matrices stay as the file has them, and
     are dequantised to float32 for each product (as Dettmers et al. 2023, QLoRA)."""
+    writers: list[Literal["tensorboard", "wandb"]] = []
+    """Other programs' logs that metrics go to as well."""
+
+
+class SamplesSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Answers of the model at each evaluation, for people to look at. Training is the same without them."""
+
+    count: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Held-out examples that are answered; None: 4 on a CPU, and none on a device whose memory training may need."""
+    prompts: list[str] = []
+    """Asked beside them, each as a user's message; as it is, where the model has no chat template."""
+    max_tokens: Positive = 64
+    """The longest answer."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -258,6 +271,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None: all weights are trained."""
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings = RunSettings()
+    samples: SamplesSettings = SamplesSettings()
 
 
 def read_recipe(path: Path, *, profile: str | None = None, changes: dict[str, str] | None = None) -> Recipe:

@@ -90,9 +90,11 @@ class Trainer:
         torch_optimizer: torch.optim.Optimizer,
         evaluation: tuple[Source, int] | None = None,
         report: Report = lambda metrics: None,
+        watch: Callable[[int], None] = lambda step: None,
     ) -> None:
         """windows: that the run takes in all, `run.batch` at a time. evaluation: what is held out, and how many windows
-        that is. report: called on the first rank."""
+        that is. report: called on the first rank. watch: called on all ranks, with the steps that are done, before the
+        first and wherever `run` says to evaluate, after that; may look at the network."""
         self._network = network
         self._method = method
         self._source = source
@@ -105,6 +107,7 @@ class Trainer:
         self._optimizer = torch_optimizer
         self._rank, self._ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._report = report if self._rank == 0 else lambda metrics: None
+        self._watch = watch
         self.steps = -(-windows // run.batch)
         self.progress = Progress()
 
@@ -122,18 +125,22 @@ class Trainer:
         run = self._run
         with _interrupts() as interrupted:
             if self.progress.step == 0:
-                self.evaluate()
+                self._look()
             stop = False
             while self.progress.step < self.steps and not stop:
                 self._step()
                 step, last = self.progress.step, self.progress.step == self.steps
                 if last or (run.evaluate_every and step % run.evaluate_every == 0):
-                    self.evaluate()
+                    self._look()
                 stop = self._any(interrupted())
                 if last or stop or step % run.save_every == 0:
                     self._checkpoints.save(self.progress)
             self._checkpoints.wait()
         return self.progress.step == self.steps
+
+    def _look(self) -> None:
+        self.evaluate()
+        self._watch(self.progress.step)
 
     def evaluate(self) -> float | None:
         """The mean loss over what is held out; None where nothing is."""

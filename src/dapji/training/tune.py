@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from dapji.models.torch_executor import find_device, load_weights
 from dapji.proof.record import record_path
 from dapji.training import output
 from dapji.training.checkpoints import Checkpoints, whole_ones
+from dapji.training.log import RunLog
 from dapji.training.methods import DATA, ROLLOUTS, make_method, open_sources
-from dapji.training.metrics import Metrics
 from dapji.training.network import Network, Stored
+from dapji.training.report import RECIPE
 from dapji.training.run_data import read_data
+from dapji.training.samples import Question, Sampler, own_questions
 from dapji.training.settings import Recipe, layer_matrices, write_recipe
 from dapji.training.sharding import is_first, process_group, shard, together
 from dapji.training.supervised import bytes_of_tokens
 from dapji.training.trainer import Report, Trainer, make_optimizer
 
-RECIPE, METRICS, CHECKPOINTS = "recipe.toml", "metrics.jsonl", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,9 @@ def _run(
         raise ConfigError(
             f"run.dtype is {recipe.run.dtype!r}, but weights are trained in float32", hint="train an adapter ([lora])"
         )
+    questions = own_questions(recipe.samples, files.tokenizer(), files.config)
     data = read_data(recipe, files, folder / DATA)
+    questions += [Question(**question) for question in data.record["questions"]]
     network = Network(
         files.config,
         _weights(files, recipe.run.dtype, device),
@@ -119,15 +124,25 @@ def _run(
     shard(network)
     optimizer = make_optimizer(network, recipe.optimizer)
     with (
-        Metrics(folder / METRICS) as metrics,
+        RunLog(folder, recipe) as log,
         open_sources(
             recipe, data, files, network, folder, str(device), prepare if is_first() else lambda done, total: None
         ) as sources,
     ):
 
         def both(values: Mapping[str, Any]) -> None:
-            metrics.write(values)
+            log.metrics(values)
             report(values)
+
+        def watch(step: int) -> None:
+            answers = sampler.answers()
+            if is_first():
+                log.samples(step, answers)
+                log.write_page(running=True)
+
+        sampler = Sampler(
+            questions, recipe=recipe, files=files, device=str(device), weights=partial(output.gathered, network)
+        )
 
         trainer = Trainer(
             network,
@@ -141,22 +156,22 @@ def _run(
             torch_optimizer=optimizer,
             evaluation=sources.evaluation,
             report=both,
+            watch=watch,
         )
         done = trainer.resume() if resume else 0
         if is_first():
-            metrics.begin(done)
-            plan(
-                Planned(
-                    steps=trainer.steps,
-                    done=done,
-                    parameters=sum(math.prod(weight_shapes(files.config)[name]) for name in network.names),
-                    trained=n_trained,
-                    samples=sources.examples,
-                    invalid=data.record["invalid"],
-                    notes=data.record["notes"],
-                    fill=sources.fill,
-                )
+            planned = Planned(
+                steps=trainer.steps,
+                done=done,
+                parameters=sum(math.prod(weight_shapes(files.config)[name]) for name in network.names),
+                trained=n_trained,
+                samples=sources.examples,
+                invalid=data.record["invalid"],
+                notes=data.record["notes"],
+                fill=sources.fill,
             )
+            log.begin({**asdict(planned), "files": data.record["files"], "shown": data.record["shown"]}, done)
+            plan(planned)
         if not trainer.train():
             return False
     weights = output.gathered(network)
@@ -164,6 +179,7 @@ def _run(
         output.write(folder, recipe, files, weights, progress=trainer.progress, data=data.record["files"])
         shutil.rmtree(folder / DATA)
         shutil.rmtree(folder / CHECKPOINTS)
+        log.write_page(running=False)
     together()
     return True
 

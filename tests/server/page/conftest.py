@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browsing import Opened
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 from server_running import Running, Start
 
+from browsing import Opened, browser
 from tiny import COUNTING, SCRIPT, write_tiny
+
+__all__ = ["browser", "open_page", "talkers"]
 
 MARKDOWN = [
     "# 제목\n\n",
@@ -44,19 +44,6 @@ def talkers(start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 DESKTOP = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US", "reduced_motion": "reduce"}
-
-
-# A browser for each module: while one is driven, this thread has a running event loop, which other tests cannot have.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed: tests/server/page/setup.sh")
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        opened = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

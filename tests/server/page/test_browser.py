@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Opened, ready, say, serious_violations
 from playwright.sync_api import Page, expect
 from server_running import Running, Start
 
+from browsing import Opened, ready, say, serious_violations
 from dapji.server.keys import Keys
 from dapji.server.settings import Settings
 from tiny import ANSWER

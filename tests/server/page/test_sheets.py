@@ -8,10 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browsing import Opened, serious_violations
 from playwright.sync_api import expect
 from server_running import Running, Start
 
+from browsing import Opened, serious_violations
 from dapji.server.keys import Keys
 from dapji.server.page import status
 from dapji.server.settings import Settings

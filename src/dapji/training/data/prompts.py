@@ -47,7 +47,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, max_length: int) -> Iterat
             yield PromptEntry(path=path, line=line, error=fields)
             continue
         try:
-            ids = _ids(fields, tokenizer, template)
+            ids = prompt_ids(fields, tokenizer, template)
             if len(ids) > max_length:
                 raise ContextError(
                     f"the prompt has {len(ids)} tokens, but {max_length} have room beside an answer",
@@ -73,7 +73,8 @@ def asked(row: Mapping[str, Any]) -> str | tuple[list[Message], Sequence[Mapping
     return messages, tools_of(fields)
 
 
-def _ids(row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+def prompt_ids(row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """What the model is given for a row, as `read_prompts` reads it. Raises FormatError, TemplateError."""
     question = asked(row)
     if isinstance(question, str):
         bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dapji.tokenizer import Tokenizer
 from dapji.training.data import similar
+from dapji.training.data.prompts import PromptEntry
 from dapji.training.data.reading import Entry, Reader
 
 
@@ -75,7 +76,7 @@ def check(
                 continue
             _count(report, entry)
             if len(report.shown) < show:
-                report.shown.append(_shown(entry, tokenizer))
+                report.shown.append(shown(entry, tokenizer))
             said = _said(entry)
             if said in lines:
                 report.same.append((entry.where, lines[said]))
@@ -117,7 +118,8 @@ def _said(entry: Entry) -> str:
     return "\n".join(map(similar.normalised, entry.example.texts))
 
 
-def _shown(entry: Entry, tokenizer: Tokenizer) -> Shown:
+def shown(entry: Entry, tokenizer: Tokenizer) -> Shown:
+    """An entry without an error."""
     sequences = [sequence for sample in entry.samples for sequence in sample.sequences]
     last = int(sequences[0].ids[-1])
     return Shown(
@@ -126,6 +128,19 @@ def _shown(entry: Entry, tokenizer: Tokenizer) -> Shown:
         tokens=sum(len(sequence.ids) for sequence in sequences),
         learned=sum(int(sequence.learned.sum()) for sequence in sequences),
         end=tokenizer.token_bytes(last).decode() if last in tokenizer.stop_ids else None,
+    )
+
+
+def shown_prompt(entry: PromptEntry, tokenizer: Tokenizer) -> Shown:
+    """An entry without an error: nothing of a prompt is learned."""
+    assert entry.prompt is not None
+    text = tokenizer.decode(entry.prompt.ids, skip_control=False)
+    return Shown(
+        where=f"{entry.path}:{entry.line}",
+        sequences=[[(text, False)]],
+        tokens=len(entry.prompt.ids),
+        learned=0,
+        end=None,
     )
 
 

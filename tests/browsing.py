@@ -1,14 +1,29 @@
-"""What tests of the page do in a browser again and again."""
+"""A browser, and what tests of pages do in it again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page, sync_playwright
 
 Opened = Callable[..., Page]
+
+
+# A browser for each module: while one is driven, this thread has a running event loop, which other tests cannot have.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: tests/server/page/setup.sh")
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield opened
+        opened.close()
 
 
 def ready(page: Page, model: str | None = None) -> None:
@@ -27,7 +42,7 @@ def say(page: Page, text: str) -> None:
 
 
 def axe_source() -> str:
-    found = Path(__file__).parents[3] / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+    found = Path(__file__).parents[1] / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
     if not found.exists():
         pytest.skip("axe-core is not installed: tests/server/page/setup.sh")
     return found.read_text(encoding="utf-8")
