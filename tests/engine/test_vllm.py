@@ -1,6 +1,6 @@
 """`VllmEngine` against answers that vLLM gave (`vllm_stand_in`), and what it makes of servers that fail.
 
-VLLM=COMMAND runs the first test with a real one too, as in `dapji serve --vllm-command`.
+VLLM=COMMAND runs the first tests with a real one too, as in `dapji serve --vllm-command`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -27,6 +28,13 @@ from dapji.engine.vllm_http import Address
 from dapji.engine.vllm_process import VllmProcess
 from dapji.errors import ContextError, DapjiError, RequestError, UnavailableError, UsageError
 from dapji.model import Model, load_on_vllm
+from dapji.models.adapter import Adapter, adaptable
+from dapji.models.config import ModelConfig
+from dapji.ops.low_rank import LowRank
+from dapji.ops.tensor import Tensor
+from dapji.weights.adapter_file import write_adapter
+from dapji.weights.convert import write_folder as write_whole_folder
+from dapji.weights.merge import merged
 from vllm_cases import CONTEXT, GREEDY, PROMPT, answers, refused, write_folder
 from vllm_stand_in import StandIn, recorded
 
@@ -67,9 +75,7 @@ def model(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Itera
             request.getfixturevalue("stand_in")
             address = Address(socket=tmp_path / "socket")
         else:
-            if "VLLM" not in os.environ:
-                pytest.skip("needs VLLM, a command that starts one")
-            process = held.enter_context(VllmProcess(shlex.split(os.environ["VLLM"]), folder, context=None))
+            process = held.enter_context(VllmProcess(vllm_command(), folder, context=None))
             process.wait_until_ready()
             address = process.address
         yield held.enter_context(load_on_vllm(folder, address))
@@ -93,6 +99,63 @@ def test_the_answers_are_those_of_the_native_engine(model: Model, native: dict[s
     assert said["temperature"].startswith("vLLM refuses the request: temperature must be in [0, 2], got 3.0")
     assert said["grammar"].startswith("vLLM refuses the request: ")
     assert "bogus" in said["grammar"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_training_leaves_answers_as_here(folder: Path, merge: bool, tmp_path: Path) -> None:
+    """An adapter beside its base, and a folder that it was merged into."""
+    command = vllm_command()
+    with dapji.load(folder, kv="f32") as model:
+        adapter = random_adapter(model.config)
+        number = model.engine.add_adapter(adapter)
+        greedy = [
+            [
+                output.token
+                for output in model.engine.generate(
+                    Request(prompt=PROMPT, max_tokens=16, sampling=GREEDY, adapter=chosen, ignore_eos=True)
+                )
+            ]
+            for chosen in (0, number)
+        ]
+        if merge:
+            weights = merged(model.files.tensors, adapter)
+            write_whole_folder(model.files.checkpoint, tmp_path / "merged", "F32", weights=weights)
+        else:
+            (tmp_path / "adapter").mkdir()
+            write_adapter(tmp_path / "adapter", model.config, adapter, base=str(folder))
+    assert greedy[0] != greedy[1]
+    served = tmp_path / "merged" if merge else folder
+    lora = [] if merge else ["--lora-modules", f"tuned={tmp_path / 'adapter'}", "--enable-lora"]
+    command[-1:-1] = lora  # before its last word, which may be an option whose value is the folder
+    with VllmProcess(command, served, context=None) as process:
+        process.wait_until_ready()
+        asked = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        transport = httpx.HTTPTransport(uds=str(process.address.socket))
+        with httpx.Client(transport=transport, base_url="http://vllm", timeout=60) as client:
+            names = [card["id"] for card in client.get("/v1/models").json()["data"]]
+            got = [
+                client.post("/v1/completions", json={"model": name, **asked}).json()["choices"][0]["token_ids"]
+                for name in names
+            ]
+    assert got == (greedy[1:] if merge else greedy)
+
+
+def vllm_command() -> list[str]:
+    if "VLLM" not in os.environ:
+        pytest.skip("needs VLLM, a command that starts one")
+    return shlex.split(os.environ["VLLM"])
+
+
+def random_adapter(config: ModelConfig) -> Adapter:
+    """Of every matrix in the layers."""
+    random = np.random.default_rng(0)
+    pairs = {}
+    for name, (rows, cols) in adaptable(config).items():
+        if name.startswith("layers."):
+            a, b = (random.normal(0, 0.1, shape).astype(np.float32) for shape in ((8, cols), (rows, 8)))
+            pairs[name] = LowRank(a=Tensor.from_float32(name, a), b=Tensor.from_float32(name, b), scale=2.0)
+    return Adapter(pairs=pairs)
 
 
 def same_outputs(got: list[Output], expected: list[Output], *, end_token: bool) -> None:

@@ -25,12 +25,22 @@ def type_name(text: str) -> str:
     return "Q4_K_M" if name == "Q4_K" else name
 
 
+def check_target(out: Path, *, force: bool) -> None:
+    """Raises UsageError where something is at `out` that may not be replaced: before anything takes its time."""
+    from dapji.errors import UsageError
+    from dapji.weights.files import check_new_folder
+
+    if out.suffix != ".gguf":
+        check_new_folder(out)
+    elif out.exists() and not force:
+        raise UsageError(f"{out} exists already", hint="--force replaces it")
+
+
 def write(
     source: Checkpoint,
     type_: str,
     out: Path,
     *,
-    force: bool,
     allow_requantize: bool,
     measure: bool = False,
     threads: int | None,
@@ -38,14 +48,10 @@ def write(
 ) -> Report:
     """A GGUF file or a folder, as the name of `out` says. weights: by canonical name, instead of the source's own."""
     from dapji.cli.pull import TerminalProgress
-    from dapji.errors import UsageError
     from dapji.weights.convert import write_folder, write_quantized
 
-    to_file = out.suffix == ".gguf"
-    if to_file and out.exists() and not force:
-        raise UsageError(f"{out} exists already", hint="--force replaces it")
     with TerminalProgress().bar(f"converting to {type_}", source.nbytes) as advance:
-        if to_file:
+        if out.suffix == ".gguf":
             return write_quantized(
                 source,
                 out,

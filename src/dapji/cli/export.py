@@ -27,20 +27,19 @@ def command(adapter: Path, out: Path, base: str | None, force: bool) -> None:
 
     Exit codes: 0 written, 1 not written, 2 wrong usage, 130 interrupted.
     """
+    from dapji.cli.conversion import check_target
     from dapji.errors import UsageError
     from dapji.files import open_files
     from dapji.weights.adapter_file import base_of, write_adapter, write_gguf_adapter
     from dapji.weights.files import new_folder
 
-    to_file = out.suffix == ".gguf"
-    if out.exists() and not (to_file and force):
-        raise UsageError(f"{out} exists already", hint="--force replaces it" if to_file else "give a new folder")
+    check_target(out, force=force)
     name = base if base is not None else base_of(adapter)
     if name is None:
         raise UsageError(f"{adapter} does not say which model it is for", hint="name it with --base")
     files = open_files(name)
     opened = files.adapter(adapter)
-    if to_file:
+    if out.suffix == ".gguf":
         write_gguf_adapter(out, files.config, opened, name=adapter.resolve().stem)
     else:
         with new_folder(out) as folder:

@@ -75,6 +75,7 @@ def command(
     from tqdm import tqdm
 
     from dapji.cli.conversion import (
+        check_target,
         print_summary,
         print_survival,
         record,
@@ -91,6 +92,7 @@ def command(
     from dapji.weights.convert import FLOATS
     from dapji.weights.merge import merged, survival
 
+    check_target(out, force=force)
     type_ = type_name(type_)
     files = open_files(base)
     given = [_adapter(text) for text in adapters]
@@ -101,7 +103,7 @@ def command(
     parents = parent("base", base, hashing), *(parent("adapter", str(path), hashing) for path, _ in given)
     if quantised := sorted({files.tensors[name].format.name for name in weights} - {*FLOATS}):
         click.echo(f"the base is quantised ({', '.join(quantised)}): its values are dequantised for the sum", err=True)
-    report = write(files.checkpoint, type_, out, force=force, allow_requantize=True, threads=threads, weights=weights)
+    report = write(files.checkpoint, type_, out, allow_requantize=True, threads=threads, weights=weights)
     result = open_files(out)
     with tqdm(desc="comparing weights", total=len(weights), disable=None, delay=1, leave=False) as bar:
         changes = survival(files.tensors, weights, result.tensors, lambda name: bar.update())

@@ -65,6 +65,7 @@ def command(
     Exit codes: 0 written, 1 not written, 2 wrong usage, 130 interrupted.
     """
     from dapji.cli.conversion import (
+        check_target,
         print_summary,
         print_survival,
         record,
@@ -82,6 +83,7 @@ def command(
     from dapji.weights.convert import FLOATS
     from dapji.weights.merge import survival
 
+    check_target(out, force=force)
     type_ = type_name(type_)
     tuned = None if base is None else open_files(source)
     before = None if tuned is None or base is None else _base_of(tuned, base)
@@ -90,7 +92,6 @@ def command(
         open_checkpoint(store.resolve(source)) if tuned is None else tuned.checkpoint,
         type_,
         out,
-        force=force,
         allow_requantize=allow_requantize,
         measure=errors,
         threads=threads,

@@ -178,8 +178,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises UsageError where `target` is there and not an empty folder, or the disk refuses.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} exists already", hint="give the name of a new folder; none is ever replaced")
+    check_new_folder(target)
     try:
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     except OSError as error:
@@ -191,3 +190,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_new_folder(target: Path) -> None:
+    """Raises UsageError where it is there and not an empty folder."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} exists already", hint="give the name of a new folder; none is ever replaced")
