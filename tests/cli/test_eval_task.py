@@ -85,9 +85,12 @@ def test_a_group(tiny: Path, dapji: Dapji, tmp_path: Path) -> None:
     write_task(tmp_path, "second", doc_to_target=OTHER)
     mean = {"aggregate_metric_list": [{"metric": "exact_match", "aggregation": "mean", "weight_by_size": True}]}
     (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["first", "second"], **mean}))
-    shown = dapji("eval", tiny, "--task", "both", "--include-path", tmp_path, "--json")
-    result = json.loads(shown.out)
+    adapter = write_adapter(tmp_path / "adapter", tiny, {"안녕하세요!": "입니다."})
+    arguments = ["--task", "both", "--include-path", tmp_path, "--against-adapter", adapter, "--json"]
+    result = json.loads(dapji("eval", tiny, *arguments).out)
     assert result["score"] == {"value": 0.25, "low": None, "high": None, "n": 8}
+    assert (result["before"]["value"], result["difference"]) == (0.625, None), "a group has no rows of its own"
+    assert result["groups"]["first"]["exact_match"]["difference"]["value"] == 0.5 - 0.25
     assert {name: each["exact_match"]["score"]["value"] for name, each in result["groups"].items()} == {
         "both": 0.25,
         "first": 0.5,

@@ -52,6 +52,14 @@ def test_the_exam_of_the_support_faq() -> None:
         assert question.fields.keys() == {"topic", "language"}
 
 
+def test_the_exam_of_sums() -> None:
+    questions = read_exam(ROOT / "runs/arithmetic/held-out.jsonl")
+    assert len(questions) == 60
+    for question in questions:
+        (check,) = question.checks
+        assert check.passes(f"The answer is {question.fields['answer']}.")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -89,7 +89,9 @@ def run_task(
         each: {_spelled(metric): _compared(each, metric, after, before) for metric in metrics}
         for each, metrics in after.metrics.items()
     }
-    main = next(iter(after.metrics[name]))
+    main = next(iter(after.metrics[name]), None)
+    if main is None:
+        raise UsageError(f"the task {task!r} has no metric that is a number")
     whole = groups[name][_spelled(main)]
     return Result(
         kind="lm-eval",
@@ -187,7 +189,7 @@ def _compared(task: str, metric: str, after: _Run, before: _Run | None) -> Compa
     if before is None:
         return Comparison(score=score(after), before=None, difference=None)
     values, others = after.values(task, metric), before.values(task, metric)
-    rising = after.rising[task].get(metric.partition(",")[0])
+    rising = after.rising.get(task, {}).get(metric.partition(",")[0])
     difference = None if values is None or others is None or not rising else paired_difference(values, others)
     return Comparison(score=score(after), before=score(before), difference=difference)
 
