@@ -11,6 +11,7 @@
     ├── ModelNotFound          no such model in the store or the catalogue
     ├── DownloadError          no source delivered the model; names each source and why it failed
     │   └── IntegrityError     bytes arrived, but with another hash than the pinned one, or no whole model
+    ├── CertificateError       a model does not behave as its certificate says
     ├── TrainingError          a run cannot go on: its loss is no number
     ├── UnavailableError       a part that this installation lacks (compiler, torch, huggingface_hub)
     └── UsageError             a command line or an API call that makes no sense
@@ -72,6 +73,10 @@ class DownloadError(DapjiError):
 
 class IntegrityError(DownloadError):
     """Bytes arrived, but their sha256 is not the pinned one, or they are no whole model."""
+
+
+class CertificateError(DapjiError):
+    """A model's files no longer give what its certificate says."""
 
 
 class TrainingError(DapjiError):

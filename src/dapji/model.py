@@ -28,6 +28,7 @@ from dapji.models.size import cached_bytes
 from dapji.ops import native
 from dapji.ops.batch import KV_BLOCK
 from dapji.ops.reference import KvFormat
+from dapji.proof.record import has_part
 from dapji.tokenizer import Detokenizer, Tokenizer
 from dapji.weights.embedding import EmbeddingConfig, RankHead
 from dapji.weights.panel_cache import PanelCache
@@ -68,11 +69,13 @@ def load(
     only.
     speculate: compute tokens ahead where a text repeats itself (docs/engine.md); the answers are the same.
     adapter: PEFT's folder or a GGUF file, for every answer that does not choose another (docs/adapters.md).
-    Raises ModelNotFound, FormatError, ConfigError, TokenizerError, UnavailableError.
+    Where the model or the adapter has a certificate, the quick part of it is checked (docs/proof.md).
+    Raises ModelNotFound, FormatError, ConfigError, TokenizerError, CertificateError, UnavailableError.
     """
     files = open_files(name_or_path)
     tokenizer = files.tokenizer()  # before the executor, which takes longer: what is wrong with it shows at once
-    change = None if adapter is None else files.adapter(Path(adapter).expanduser())
+    _check(files.checkpoint.path, files, tokenizer)
+    change = None if adapter is None else _adapter(files, tokenizer, adapter)
     kind = executor or default_kind()
     if context is None:
         context = default_context(files.config)
@@ -104,6 +107,21 @@ def load(
     return model
 
 
+def _check(path: Path, files: Files, tokenizer: Tokenizer) -> None:
+    """The quick part of a model's certificate, or of an adapter's, where it has one."""
+    if has_part(path, "certificate"):
+        from dapji.proof.certificate import check
+
+        check(path, files, tokenizer)
+
+
+def _adapter(files: Files, tokenizer: Tokenizer, path: str | Path) -> Adapter:
+    path = Path(path).expanduser()
+    adapter = files.adapter(path)
+    _check(path, files, tokenizer)
+    return adapter
+
+
 class LoadedAdapter(NamedTuple):
     number: int
     """As the engine knows it."""
@@ -121,6 +139,7 @@ def load_on_vllm(path: Path, address: Address) -> Model:
 
     files = open_files(path)
     tokenizer = files.tokenizer()
+    _check(files.checkpoint.path, files, tokenizer)
     engine = VllmEngine(address, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
     theirs, ours = engine.tokenize(_PROBE), tokenizer.encode(_PROBE)
     if theirs != ours:
@@ -198,7 +217,7 @@ class Model:
         """
         if name in self.adapters:
             raise UsageError(f"there is an adapter {name!r} already")
-        self._add_adapter(name, self.files.adapter(Path(path).expanduser()))
+        self._add_adapter(name, _adapter(self.files, self.tokenizer, path))
 
     def _add_adapter(self, name: str, adapter: Adapter) -> str:
         self.adapters[name] = LoadedAdapter(self.engine.add_adapter(adapter), adapter.nbytes)

@@ -82,6 +82,18 @@ def test_a_folder_brings_what_makes_the_model_and_nothing_else(home: Path, tmp_p
     assert about["store"]["source"] == f"file:{folder}"
 
 
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_a_gguf_file_brings_its_record(home: Path, hub: Hub, data: bytes, tmp_path: Path, source: str) -> None:
+    files = {"q4.gguf": data, "q4.gguf.dapji.json": b'{"lineage": {}}', "q8.gguf": data}
+    hub.repositories["maker/Quants"] = dict(files)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    spec = "hf:maker/Quants:q4.gguf" if source == "hub" else f"file:{tmp_path / 'q4.gguf'}"
+    installed = store.pull(spec, name="mine")
+    assert sorted(path.name for path in installed.parent.iterdir()) == ["dapji.json", "q4.gguf", "q4.gguf.dapji.json"]
+    assert installed.with_name("q4.gguf.dapji.json").read_bytes() == files["q4.gguf.dapji.json"]
+
+
 def test_a_split_gguf_comes_whole_and_opens_at_its_first_part(home: Path, tmp_path: Path) -> None:
     first, second = split_gguf(tmp_path, 2)
     installed = store.pull(f"file:{tmp_path / 'm-00002-of-00002.gguf'}", name="m")

@@ -32,6 +32,8 @@ from jinja2.visitor import NodeTransformer
 from dapji.chat.written import Safe, Written, joined
 from dapji.errors import TemplateError
 
+Clock = Callable[[], datetime.datetime]
+
 MAX_SOURCE = 1 << 17
 """Characters of a template; published ones have up to 30,000."""
 TIME_LIMIT = 2.0
@@ -140,11 +142,6 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 def _raise_exception(message: Any) -> NoReturn:
     raise _Refused(str(message))
-
-
-def _strftime_now(format: str) -> str:
-    _check_small(format)
-    return datetime.datetime.now().strftime(format)
 
 
 @jinja2.pass_environment
@@ -273,7 +270,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _Code
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self) -> None:
+    def __init__(self, now: Clock) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -289,9 +286,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {name: self._guarded(name, function) for name, function in self.filters.items()}
         self.filters[_COUNTED] = self._count_turns
         del self.globals["lipsum"]
+
+        def strftime_now(format: str) -> str:
+            _check_small(format)
+            return now().strftime(format)
+
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
+            "strftime_now": strftime_now,
             "dict": _dict,
             "namespace": _namespace,
         }
@@ -444,11 +446,11 @@ def _join(environment: _Environment, values: Iterable[Any], d: Any = "", attribu
 class Template:
     """A compiled template. Safe to share between threads."""
 
-    def __init__(self, source: str, *, seconds: float = TIME_LIMIT) -> None:
-        """Raises TemplateError where `source` is no template."""
+    def __init__(self, source: str, *, seconds: float = TIME_LIMIT, now: Clock = datetime.datetime.now) -> None:
+        """now: what the template takes for the time. Raises TemplateError where `source` is no template."""
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source)} characters, the limit is {MAX_SOURCE}")
-        self._environment = _Environment()
+        self._environment = _Environment(now)
         self._seconds = seconds
         try:
             self._template = self._environment.from_string(source)

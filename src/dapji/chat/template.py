@@ -6,11 +6,12 @@ spells a control token. Knows no model and no server: a message is a mapping, th
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dapji.chat.formats import ANY_TOOL, AnswerFormat, Parser, ToolChoice
-from dapji.chat.sandbox import TIME_LIMIT, Template
+from dapji.chat.sandbox import TIME_LIMIT, Clock, Template
 from dapji.chat.written import Written
 from dapji.errors import TemplateError
 from dapji.tokenizer import Tokenizer
@@ -33,18 +34,27 @@ _EFFORT = "reasoning_effort"
 class ChatTemplate:
     """The templates of one model. Compiled on first use. Safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer, sources: Mapping[str, str], *, seconds: float = TIME_LIMIT) -> None:
-        """`sources`: templates by name. `seconds`: processor time that one rendering may take."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sources: Mapping[str, str],
+        *,
+        seconds: float = TIME_LIMIT,
+        now: Clock = datetime.datetime.now,
+    ) -> None:
+        """`sources`: templates by name. `seconds`: processor time that one rendering may take. `now`: what templates
+        take for the time, which some write into a conversation."""
         self.tokenizer = tokenizer
         self._sources = dict(sources)
         self._seconds = seconds
+        self._now = now
         self._compiled: dict[str, Template] = {}
         self._formats: dict[str, AnswerFormat] = {}
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
+    def of(cls, tokenizer: Tokenizer, *, now: Clock = datetime.datetime.now) -> ChatTemplate:
         """The templates that came with the tokenizer. A model without any is no error before it is asked to chat."""
-        return cls(tokenizer, tokenizer.chat_templates)
+        return cls(tokenizer, tokenizer.chat_templates, now=now)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,7 +198,7 @@ class ChatTemplate:
 
     def _template(self, name: str) -> Template:
         if name not in self._compiled:
-            self._compiled[name] = Template(self._sources[name], seconds=self._seconds)
+            self._compiled[name] = Template(self._sources[name], seconds=self._seconds, now=self._now)
         return self._compiled[name]
 
 

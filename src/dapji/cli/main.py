@@ -32,6 +32,7 @@ COMMANDS = {
     "tune": "Adapt a model to your own examples.",
     "report": "Write the page of a run, or of several to compare.",
     "distill": "Write a teacher's answers as examples.",
+    "verify": "Check that a model is what its certificate says.",
     "data": "Check examples before a model learns from them.",
     "eval": "Examine a model with your own questions.",
     "perplexity": "Measure how well a model predicts a text.",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dapji.cli.console import visible
+
 if TYPE_CHECKING:
     from dapji.weights.checkpoint import Checkpoint
     from dapji.weights.plan import Plan
@@ -37,9 +39,10 @@ def command(
 ) -> None:
     """Print what MODEL is: architecture, size, quantisation, context, tokenizer, template, licence.
 
-    MODEL is an installed model (`dapji list`), a GGUF file, or a folder with config.json and
-    safetensors. Only headers and small files are read, so this is quick whatever the model's size,
-    and works for models that Dapji cannot run.
+    MODEL is an installed model (`dapji list`), a GGUF file, a folder with config.json and
+    safetensors, or one with an adapter. Only headers and small files are read, so this is quick
+    whatever the model's size, and works for models that Dapji cannot run. Of what Dapji made, also
+    what it was made of, and the licences of all that.
 
     With --config instead of MODEL, print what a model would take before it is downloaded, however
     large: its layers, its parameters and how many of them a token needs, the size of its weights in
@@ -58,6 +61,7 @@ def command(
     """
     from dapji.errors import FormatError, UsageError
     from dapji.weights import store
+    from dapji.weights.adapter_file import is_adapter
     from dapji.weights.checkpoint import open_checkpoint
     from dapji.weights.summary import summarize
 
@@ -70,7 +74,13 @@ def command(
         raise UsageError("neither a MODEL nor --config", hint="dapji show --help has examples")
     if template and (tensors or metadata or as_json):
         raise UsageError("--template prints the template alone; leave out the other options")
-    checkpoint = open_checkpoint(store.resolve(model))
+    path = store.resolve(model)
+    if path.is_dir() and is_adapter(path):
+        if template or tensors or metadata:
+            raise UsageError(f"{path} is an adapter: of the options only --json goes with it")
+        _show_adapter(path, as_json)
+        return
+    checkpoint = open_checkpoint(path)
     if metadata and not as_json:
         click.echo(json.dumps(_metadata(checkpoint), indent=2, ensure_ascii=False))
         if not tensors:
@@ -94,7 +104,7 @@ def command(
         click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
         return
     if not tensors and not metadata:
-        _print(_lines(summary, checkpoint, record))
+        _print([*_lines(summary, checkpoint, record), *_origin(checkpoint.path, _licence(summary, record))])
     if tensors:
         for tensor in _tensors(checkpoint):
             shape = " x ".join(map(str, tensor["shape"]))
@@ -178,6 +188,49 @@ def _lines(summary: Summary, checkpoint: Checkpoint, record: Record | None) -> l
     return [*lines, ("path", str(checkpoint.path))]
 
 
+def _origin(path: Path, licence: str | None) -> list[tuple[str, str]]:
+    """What licences ask for, and what it was made of."""
+    from dapji.cli import lineage
+    from dapji.proof.licences import licences
+    from dapji.proof.lineage import read_lineage
+
+    found = read_lineage(path)
+    asked = list(lineage.duties(licences(path.name, licence, found)))
+    made = [] if found is None else [lineage.how(found), *lineage.tree(found)]
+    columns = (("duties", asked), ("made by", made))
+    return [(name if i == 0 else "", line) for name, lines in columns for i, line in enumerate(lines)]
+
+
+def _show_adapter(path: Path, as_json: bool) -> None:
+    from dapji.proof.lineage import model_licence
+    from dapji.weights.adapter_file import CONFIG_NAME
+    from dapji.weights.checkpoint import read_json
+
+    settings, licence = read_json(path / CONFIG_NAME), model_licence(path)
+    if as_json:
+        shown = {"adapter": settings, "licence": licence, "lineage": _lineage(path), "path": str(path)}
+        click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+        return
+    targets = settings.get("target_modules")
+    lines = [
+        ("name", path.name),
+        ("adapter of", str(settings.get("base_model_name_or_path") or "unknown")),
+        ("rank", f"{settings.get('r', 'unknown')}, alpha {settings.get('lora_alpha', 'unknown')}"),
+        ("licence", licence or "unknown"),
+        ("targets", ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)),
+    ]
+    _print([(label, visible(text)) for label, text in lines])
+    _print([*_origin(path, licence), ("path", str(path))])
+
+
+def _lineage(path: Path) -> Any:
+    import msgspec
+
+    from dapji.proof.lineage import read_lineage
+
+    return msgspec.to_builtins(read_lineage(path))
+
+
 def _licence(summary: Summary, record: Record | None) -> str | None:
     return (record.licence if record else None) or summary.licence
 
@@ -187,6 +240,7 @@ def _as_json(summary: Summary, checkpoint: Checkpoint, record: Record | None) ->
         "bits_per_weight": summary.bits_per_weight,
         "licence": _licence(summary, record),
         "source": record.source if record else None,
+        "lineage": _lineage(checkpoint.path),
         "path": str(checkpoint.path),
     }
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from dapji.proof.record import NAME, read_part, write_part
+from dapji.proof.record import NAME, read_part, write_parts
 from dapji.weights import store
-from dapji.weights.adapter_file import CONFIG_NAME, TENSORS_NAME
+from dapji.weights.adapter_file import CONFIG_NAME, TENSORS_NAME, is_adapter
 from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.sources_base import Progress, gguf_shards, model_files, sha256_file
 from dapji.weights.summary import folder_licence, licence_of
@@ -68,8 +67,9 @@ def read_lineage(path: Path) -> Lineage | None:
 
 
 def write_lineage(path: Path, lineage: Lineage) -> None:
-    """Beside what it tells of, which must be there. Raises FormatError, UsageError."""
-    write_part(path, "lineage", lineage)
+    """Beside what it tells of, which must be there and is new: a certificate that lies there is of something else, and
+    goes. Raises FormatError, UsageError."""
+    write_parts(path, lineage=lineage, certificate=None)
 
 
 def parent(role: Role, model: str, progress: Progress | None = None) -> Parent:
@@ -94,6 +94,8 @@ def data_file(use: Use, file: str, sha256: str, licence: str | None = None) -> D
 
 def versions(*packages: str) -> dict[str, str]:
     """Of Dapji, of other packages that were used, and of Python."""
+    from importlib import metadata  # takes its time, which reading a lineage can do without
+
     return {name: metadata.version(name) for name in ("dapji", *packages)} | {"python": platform.python_version()}
 
 
@@ -106,9 +108,9 @@ def model_paths(path: Path) -> Mapping[str, Path]:
         return {name: path.parent / name for name in gguf_shards(path.name)}
     found = [*path.iterdir(), *path.glob("*/config.json")]
     names = [each.relative_to(path).as_posix() for each in found if each.is_file()]
-    if (adapter := {CONFIG_NAME, TENSORS_NAME}) <= {*names}:
-        return {name: path / name for name in sorted(adapter)}
-    return {name: path / name for name in model_files(names, str(path)) if name != NAME}
+    if is_adapter(path):
+        return {name: path / name for name in (CONFIG_NAME, TENSORS_NAME) if name in names}
+    return {name: path / name for name in model_files(names, str(path)) if not name.endswith(NAME)}
 
 
 def file_hashes(path: Path, progress: Progress | None = None) -> dict[str, str]:

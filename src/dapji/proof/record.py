@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +19,9 @@ from dapji.errors import FormatError
 from dapji.weights.files import replacing
 
 NAME = "dapji.json"
+
+_NUMBERS = re.compile(r"\[\n[-+0-9.eE,\s]+\]")
+"""A list of numbers, a line for each: they are many. In a text no line ends as it is."""
 
 Part = Literal["lineage", "certificate"]
 T = TypeVar("T", bound=msgspec.Struct)
@@ -34,6 +38,11 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def record_path(path: Path) -> Path:
     """Where the record of a folder, or of a file (of a split GGUF the first), lies."""
     return path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
+
+
+def has_part(path: Path, part: Part) -> bool:
+    """Whether the record of a file or folder has it. Raises FormatError where the record is damaged."""
+    return getattr(_read(record_path(path)), part) is not None
 
 
 def read_part(path: Path, part: Part, kind: type[T]) -> T | None:
@@ -57,14 +66,20 @@ def read_part(path: Path, part: Part, kind: type[T]) -> T | None:
         raise FormatError(f"{file}: {part}: {error}", hint="another version of Dapji may have written it") from error
 
 
-def write_part(path: Path, part: Part, value: msgspec.Struct) -> None:
-    """Writes a part into the record of a file or folder; other parts stay. Raises FormatError, UsageError."""
+def write_parts(path: Path, **parts: msgspec.Struct | None) -> None:
+    """Writes parts, by their names, into the record of a file or folder; what is None goes, others stay.
+
+    Raises FormatError where there is another record that is damaged, UsageError where the disk refuses.
+    """
     file = record_path(path)
     record = _read(file)
-    built = msgspec.to_builtins(value)
-    changed = msgspec.structs.replace(record, **{part: built, "sha256": {**record.sha256, part: _digest(built)}})
+    built = {name: msgspec.to_builtins(part) for name, part in parts.items()}
+    digests: dict[str, str] = {name: digest for name, digest in record.sha256.items() if name not in built}
+    digests |= {name: _digest(part) for name, part in built.items() if part is not None}
+    changed = msgspec.structs.replace(record, **built, sha256=digests)
+    text = json.dumps(msgspec.to_builtins(changed), indent=2, ensure_ascii=False)
     with replacing(file) as out:
-        out.write(json.dumps(msgspec.to_builtins(changed), indent=2, ensure_ascii=False).encode() + b"\n")
+        out.write(_NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text).encode() + b"\n")
 
 
 def _read(file: Path) -> _Record:

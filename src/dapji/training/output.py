@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 from dapji.files import Files
 from dapji.models.adapter import Adapter
 from dapji.ops.tensor import Tensor
-from dapji.proof.lineage import DataFile, Lineage, Parent, Use, data_file, parent, versions, write_lineage
+from dapji.proof.certificate import certify
+from dapji.proof.lineage import DataFile, Lineage, Parent, Use, data_file, parent, versions
+from dapji.proof.record import write_parts
 from dapji.training.actor import lora_pairs
 from dapji.training.checkpoints import Progress
 from dapji.training.network import Network
@@ -57,10 +59,12 @@ def write(
     else:
         pairs = lora_pairs(files.config, recipe.lora, trained)
         write_adapter(folder, files.config, Adapter(pairs=pairs), base=recipe.model)
+    certificate = certify(folder, base=recipe.model if recipe.lora else None)
     # written last: a folder that has it is whole
-    write_lineage(
+    write_parts(
         folder,
-        Lineage(
+        certificate=certificate,
+        lineage=Lineage(
             kind="tune",
             parents=tuple(_parents(recipe)),
             data=tuple(_data_files(recipe, data)),

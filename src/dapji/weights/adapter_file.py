@@ -11,13 +11,20 @@ from dapji.errors import ConfigError, FormatError, ModelNotFound
 from dapji.models import families
 from dapji.models.adapter import Adapter
 from dapji.models.config import ModelConfig
-from dapji.weights.checkpoint import read_json
+from dapji.weights.checkpoint import open_checkpoint, read_json
 from dapji.weights.files import TensorToWrite, map_file, replacing
 from dapji.weights.gguf import Value, read_gguf, write_gguf
 from dapji.weights.safetensors import parse_safetensors, write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder, or a GGUF file, is an adapter and no model. Raises ModelNotFound or FormatError."""
+    if path.is_dir():
+        return (path / CONFIG_NAME).exists() and not (path / "config.json").exists()
+    return open_checkpoint(path).metadata.get("general.type") == "adapter"
 
 
 def open_adapter(path: Path, config: ModelConfig, config_json: Mapping[str, object] | None = None) -> Adapter:

@@ -166,6 +166,11 @@ def gguf_shards(name: str) -> list[str]:
     return [f"{stem}-{i:05}-of-{count}.gguf" for i in range(1, int(count) + 1)]
 
 
+def record_name(gguf: str) -> str:
+    """Of what lies beside a GGUF file, of a split one the first, and says where it came from (docs/proof.md)."""
+    return f"{gguf_shards(gguf)[0]}.dapji.json"
+
+
 def local_name(name: str) -> str:
     """Under which a model's file is stored. Raises DownloadError."""
     return checked_file_name(name if _MODULE.fullmatch(name) else PurePosixPath(name).name)
@@ -190,8 +195,11 @@ def model_files(names: Iterable[str], where: str, *, separator: str = "/") -> li
             hint=f"name one: {where}{separator}FILE",
         )
     if ggufs:
-        return gguf_shards(ggufs.pop()) + [
-            n for n in root if _LAYOUT.fullmatch(n) and n.startswith(("LICEN", "NOTICE"))
+        first = ggufs.pop()
+        return gguf_shards(first) + [
+            n
+            for n in names
+            if n == record_name(first) or (n in root and _LAYOUT.fullmatch(n) and n.startswith(("LICEN", "NOTICE")))
         ]
     if any(n.endswith(PICKLES) for n in names):
         raise DownloadError(

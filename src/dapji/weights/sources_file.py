@@ -20,6 +20,7 @@ from dapji.weights.sources_base import (
     copy_stream,
     gguf_shards,
     model_files,
+    record_name,
     require_space,
 )
 
@@ -42,6 +43,8 @@ class FileSource:
             base, names = self.path, model_files(_files_below(self.path), self.spec)
         elif self.path.suffix == ".gguf":
             base, names = self.path.parent, gguf_shards(self.path.name)
+            if want.file is None and (base / record_name(self.path.name)).is_file():
+                names = [*names, record_name(self.path.name)]
         elif self.path.exists():
             base, names = self.path.parent, model_files([self.path.name], self.spec)
         else:

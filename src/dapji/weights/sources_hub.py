@@ -24,6 +24,7 @@ from dapji.weights.sources_base import (
     gguf_shards,
     local_name,
     model_files,
+    record_name,
     require_space,
 )
 
@@ -73,6 +74,8 @@ class HubSource:
         info = api.model_info(self.repository, files_metadata=True, timeout=LISTING_TIMEOUT)
         offered = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         names = gguf_shards(self.file) if self.file else model_files(offered, self.spec, separator=":")
+        if self.file and want.file is None and record_name(self.file) in offered:
+            names.append(record_name(self.file))
         missing = [n for n in names if n not in offered]
         if missing:
             raise DownloadError(f"the repository {self.repository} has no file {', '.join(missing)}")
