@@ -1,0 +1,126 @@
+"""What the runs of runs/ have learned: collects the figures of those that are finished, for docs/training.md.
+
+    runs/support-faq/run.sh && python benchmarks/runs.py
+
+A run's folder is runs/NAME/out/SEED, or runs/NAME/out/tuned. Figures of runs whose folders are gone stay as they were.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report import COLOURS, ROOT, chart, replace_section, run, table
+
+DATA = ROOT / "benchmarks" / "data" / "runs.json"
+DOCUMENT = ROOT / "docs" / "training.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    title: str
+    y: str
+    step: str
+    """What the metrics of a step call it."""
+    held_out: str
+    """And those of an evaluation."""
+
+
+PLOTS = {
+    "support-faq": Plot(title="Support FAQ", y="loss", step="loss", held_out="evaluation_loss"),
+    "alpaca": Plot(title="Alpaca's recipe", y="loss", step="loss", held_out="evaluation_loss"),
+    "preference": Plot(title="DPO", y="reward accuracy", step="accuracy", held_out="evaluation_accuracy"),
+    "arithmetic": Plot(title="GRPO on sums", y="reward", step="reward", held_out="evaluation_reward"),
+}
+
+
+def measure(arguments: Namespace, results: dict[str, Any]) -> Iterator[None]:
+    for name, plot in PLOTS.items():
+        for record in sorted((ROOT / "runs" / name / "out").glob("*/dapji.json")):
+            results.setdefault(name, {})[record.parent.name] = collected(record.parent, plot)
+            yield
+
+
+def collected(folder: Path, plot: Plot) -> dict[str, Any]:
+    """Of a finished run."""
+    steps, held_out = [], []
+    seconds = tokens = 0.0
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        if "loss" in line:
+            steps.append(round(line[plot.step], 4))
+            seconds, tokens = seconds + line["seconds"], tokens + line["trained_tokens"]
+        else:
+            held_out.append([line["step"], round(line[plot.held_out], 4)])
+    found = {"steps": steps, "held_out": held_out, "seconds": round(seconds), "trained_tokens": tokens}
+    for name, path in (("exam", folder.with_suffix(".json")), ("compared", folder.with_name("compared.json"))):
+        if path.exists():
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
+            found[name].pop("items", None)  # every answer
+    return found
+
+
+def draw(results: dict[str, Any]) -> None:
+    for name, plot in PLOTS.items():
+        if name in results:
+            draw_run(ROOT / "docs" / f"{name}.svg", plot, results[name])
+    replace_section(DOCUMENT, "runs", "\n\n".join(tables(results)))
+
+
+def draw_run(path: Path, plot: Plot, runs: dict[str, Any]) -> None:
+    """Steps faintly, what is held out on top; a colour for each seed."""
+    with chart(path, title=plot.title, x="step", y=plot.y, width=5.5, height=3.2) as axes:
+        for number, (seed, found) in enumerate(runs.items()):
+            colour = COLOURS[number]
+            axes.plot(range(1, len(found["steps"]) + 1), found["steps"], color=colour, alpha=0.35, linewidth=0.9)
+            label = "held out" if len(runs) == 1 else f"held out, seed {seed}"
+            axes.plot(*zip(*found["held_out"], strict=True), color=colour, marker="o", markersize=4, label=label)
+        axes.set(ylim=(0, None))
+        axes.legend()
+
+
+def tables(results: dict[str, Any]) -> Iterable[str]:
+    if runs := results.get("support-faq"):
+        header = ("seed", "before", "after", "95 %", "English", "Korean")
+        yield "Of 100 held-out wordings of the FAQ's questions so many answers hold the fact:\n\n" + table(
+            header,
+            [
+                (
+                    seed,
+                    share(found["exam"]["before"]["value"]),
+                    share(found["exam"]["score"]["value"]),
+                    interval(found["exam"]["score"]),
+                    *(share(found["exam"]["groups"]["language"][each]["score"]["value"]) for each in ("en", "ko")),
+                )
+                for seed, found in runs.items()
+            ],
+        )
+    header = ("run", "held out", "before", "after", "learned tokens", "minutes")
+    rows = []
+    for name, plot in PLOTS.items():
+        for seed, found in results.get(name, {}).items():
+            first, last = (f"{found['held_out'][i][1]:.3f}" for i in (0, -1))
+            run_name = name if seed == "tuned" else f"{name}, seed {seed}"
+            rows.append(
+                (run_name, plot.y, first, last, f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60))
+            )
+    yield table(header, rows)
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def interval(score: dict[str, float]) -> str:
+    return f"{100 * score['low']:.0f} to {100 * score['high']:.0f} %"
+
+
+def main() -> None:
+    run(ArgumentParser(description=__doc__.partition("\n")[0]), DATA, measure, draw)
+
+
+if __name__ == "__main__":
+    main()
