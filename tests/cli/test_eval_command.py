@@ -21,7 +21,7 @@ from dapji.files import open_files
 from dapji.model import Model, Prepared
 from dapji.models.executor import ReferenceExecutor
 from dapji.ops.batch import Batch
-from tiny import ANSWER, write_adapter
+from tiny import ANSWER, CHATML, write_adapter, write_tiny
 
 OTHER = "안녕하세요!입니다. 🎉"
 """With the adapter."""
@@ -187,6 +187,26 @@ def test_mistakes(arguments: list[str], code: int, message: str, tiny: Path, exa
     shown = dapji("eval", tiny, exam, *(str(tiny) if argument == "TINY" else argument for argument in arguments))
     assert (shown.code, shown.out) == (code, "")
     assert message in shown.err
+
+
+def test_calls_stand_in_the_answer(dapji: Dapji, tmp_path: Path) -> None:
+    script = ["잠시만요.", "<tool_call>", '{"name": "weather", ', '"arguments": {"city": "서울"}}', "</tool_call>"]
+    template = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML + "{# <tool_call> #}"
+    model = write_tiny(tmp_path / "caller.gguf", script, template=template, control=["<tool_call>", "</tool_call>"])
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": city}}
+    call = '{"name": "weather", "arguments": {"city": "서울"}}'
+    row = {"messages": [{"role": "user", "content": "날씨?"}], "tools": [tool], "contains": call}
+    result = json.loads(dapji("eval", model, write(tmp_path / "exam.jsonl", [row]), "--json").out)
+    assert result["items"][0]["answer"] == f"잠시만요.\n{call}"
+    assert result["score"]["value"] == 1
+
+
+def test_a_judge_without_room_for_a_verdict(tiny: Path, dapji: Dapji, tmp_path: Path) -> None:
+    exam = write(tmp_path / "exam.jsonl", [ROWS[0] | {"grade": "It is a number."}])
+    shown = dapji("eval", tiny, exam, "--judge", tiny, "--max-tokens", "1")
+    assert (shown.code, shown.out) == (1, "")
+    assert "line 1: the judge came to no verdict in 1 tokens\nhint: a larger --max-tokens" in shown.err
 
 
 def test_grading_needs_a_judge(tiny: Path, dapji: Dapji, tmp_path: Path) -> None:

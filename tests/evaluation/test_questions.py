@@ -67,7 +67,7 @@ def test_the_exam_of_sums() -> None:
         ({"exact": "4"}, "a row has either messages or prompt"),
         ({"prompt": "a", "messages": [USER], "exact": "4"}, "a row has either messages or prompt, not both"),
         ({"prompt": "", "exact": "4"}, "prompt is empty"),
-        ({"prompt": "a", "system": "b", "exact": "4"}, "a prompt that is a text is given as it is, without system"),
+        ({"prompt": "a", "system": "b", "exact": "4"}, "a prompt that is a text has no place for system"),
         ({"messages": [], "exact": "4"}, "there is no message to answer"),
         ({"messages": [said("4")], "exact": "4"}, "there is no message to answer"),
         ({"messages": [USER, said("4"), said("4")], "exact": "4"}, "two messages of the assistant's at the end"),

@@ -132,7 +132,7 @@ def _asked(row: Mapping[str, Any], known: _Row) -> tuple[str | list[Mapping[str,
             raise FormatError("prompt is empty")
         for name in ("system", "tools"):
             if row.get(name):
-                raise FormatError(f"a prompt that is a text is given as it is, without {name}", hint="use messages")
+                raise FormatError(f"a prompt that is a text has no place for {name}, as messages have")
         return known.prompt, None
     messages = list(row["messages"] if known.prompt is None else row["prompt"])
     reference = text_of(messages.pop()) or None if messages and messages[-1]["role"] == "assistant" else None
