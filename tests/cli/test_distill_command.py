@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from in_process import Dapji
 
 from dapji.model import load
+from dapji.proof.lineage import read_lineage
 from dapji.training.answers import write_answers
 from dapji.training.data import Encoder, Reader
 from tiny import ANSWER
@@ -45,6 +47,10 @@ def test_answers_become_examples(dapji: Dapji, tiny: Path, prompts: Path, tmp_pa
         (sequence,) = entries[0].samples[0].sequences
         assert model.tokenizer.decode(sequence.ids[sequence.learned].tolist()) == ANSWER
     assert not output.with_name("examples.jsonl.partial").exists()
+    lineage = read_lineage(output)
+    assert lineage is not None
+    assert [(each.role, each.model) for each in lineage.parents] == [("teacher", str(tiny))]
+    assert lineage.data[0].sha256 == hashlib.sha256(prompts.read_bytes()).hexdigest()
     again = dapji("distill", tiny, prompts, "-o", output)
     assert again.code == 1
     assert "exists already" in again.err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from in_process import Dapji
 
+from dapji.proof.certificate import read_certificate
 from dapji.proof.lineage import DataFile, Lineage, parent, write_lineage
 from tiny import ANSWER, write_adapter
 
@@ -36,6 +37,22 @@ def test_a_model_is_certified_and_verified(dapji: Dapji, tiny: Path, tmp_path: P
     told = json.loads(dapji("verify", model, "--json").out)
     assert told["failed"] == len([check for check in told["checks"] if check["passed"] is False]) >= 1
     assert told["not_checked"] == 0
+
+
+def test_what_is_written_in_fewer_bits_is_certified(dapji: Dapji, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q8.gguf"
+    assert dapji("quantize", tiny, "Q8_0", out).code == 0
+    certificate = read_certificate(out)
+    assert certificate is not None
+    assert certificate.divergence is not None
+    assert certificate.divergence.source == str(tiny)
+    assert 0 < certificate.divergence.kl < 1e-3
+    assert dapji("verify", out).code == 0
+    assert dapji("quantize", out, "F32", out, "--force").code == 0  # in the place of its source
+    assert dapji("verify", out, "--executor", "reference").code == 1  # which is no more what the lineage says
+    made = read_certificate(out)
+    assert made is not None
+    assert made.divergence is None
 
 
 def test_an_adapter_needs_its_base(dapji: Dapji, tiny: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from dapji.proof.lineage import Lineage, read_lineage, write_lineage
 from dapji.proof.record import record_path, write_parts
 from dapji.proof.verification import verify
 from dapji.weights import store
+from dapji.weights.checkpoint import open_checkpoint
+from dapji.weights.convert import write_folder, write_quantized
 from tiny import write_tiny
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
@@ -105,7 +107,7 @@ def test_what_has_not_changed_passes_on_every_executor(model: Path, adapter: Pat
 
 
 NUMBERS = {f"numbers: {name} on reference" for name in ("conversation", "English", "Korean", "code")}
-TEXTS = "behaviour: tokens of 'The quick brown fox did…'"
+TEXTS = "behaviour: tokens of English"
 CHANGES = [
     ("tokenizer.json", replaced('"e": 104', '"e": 105'), {TEXTS}),
     ("tokenizer_config.json", replaced("assistant", "assistent"), {
@@ -202,6 +204,25 @@ def test_loading_refuses_what_can_be_told_at_once(model: Path, adapter: Path, ma
     record_path(model).unlink()
     with pytest.raises(CertificateError, match=f"{adapter} is not what its certificate says: template default"):
         dapji.load(model, adapter=adapter)
+
+
+def test_fewer_bits_are_compared_with_their_source(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """As transformers has it with the same weights."""
+    out, whole = tmp_path / "q4.gguf", tmp_path / "whole"
+    write_quantized(open_checkpoint(made[0]), out, "Q4_0")
+    certificate = certify(out, source=str(made[0]))
+    write_folder(open_checkpoint(out), whole, "F32")
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (made[0], whole))
+    total, places = 0.0, 0
+    for passage in certificate.passages:
+        with torch.no_grad():
+            p, q = (model(torch.tensor([passage.tokens])).logits[0].log_softmax(-1) for model in (before, after))
+        total += float((p.exp() * (p - q)).sum())
+        places += len(passage.tokens)
+    assert certificate.divergence is not None
+    assert certificate.divergence.tokens == places
+    assert certificate.divergence.kl == pytest.approx(total / places, rel=1e-3)  # float32 in another order
+    assert 0.5 < certificate.divergence.same < 1
 
 
 def test_a_certificate_is_renewed_or_goes(model: Path) -> None:

@@ -45,6 +45,8 @@ def command(teacher: str, prompts: Path, output: Path, n: int, force: bool, kv_m
     as `dapji data check` and `dapji tune` read them. Answers that reach --max-tokens (1024 where it is
     not given) are left out and counted. After Ctrl-C the same command goes on.
 
+    Beside the output NAME.dapji.json says who wrote it, and `dapji tune` takes that along.
+
     A model that has the same tokens as the teacher can also learn the teacher's distributions:
     method.name=distill of `dapji tune`.
 
@@ -58,13 +60,16 @@ def command(teacher: str, prompts: Path, output: Path, n: int, force: bool, kv_m
     """
     from tqdm import tqdm
 
+    from dapji.cli.pull import TerminalProgress
     from dapji.model import load
+    from dapji.proof.lineage import Lineage, data_file, parent, versions, write_lineage
     from dapji.training.answers import write_answers
+    from dapji.weights.sources_base import sha256_file
 
     if output.exists() and not force:
         raise UsageError(f"{output} exists already", hint="--force replaces it")
     sampling = given_sampling(values)
-    own = {name: sampling.pop(name) for name in ("seed", "max_tokens") if name in sampling}
+    own: dict[str, Any] = {name: sampling.pop(name) for name in ("seed", "max_tokens") if name in sampling}
     with (
         load(teacher, kv_memory=round(kv_memory * 1e9), **values) as model,
         tqdm(unit="answer", disable=None, leave=False) as bar,
@@ -75,6 +80,20 @@ def command(teacher: str, prompts: Path, output: Path, n: int, force: bool, kv_m
             bar.update(done - bar.n)
 
         written = write_answers(model, prompts, output, n=n, sampling=sampling, progress=progress, **own)
+    models = [parent("teacher", teacher, TerminalProgress())]
+    if values["adapter"] is not None:
+        models.append(parent("adapter", str(values["adapter"])))
+    write_lineage(
+        output,
+        Lineage(
+            kind="distill",
+            parents=tuple(models),
+            data=(data_file("prompts", str(prompts), sha256_file(prompts)),),
+            settings={"n": n, **own, **sampling},
+            outcome={"examples": written.examples, "cut": written.cut},
+            versions=versions(),
+        ),
+    )
     click.echo(f"{written.examples} examples", err=True)
     if written.cut:
         click.echo(f"{written.cut} answers were too long and are left out", err=True)

@@ -29,7 +29,7 @@ def tree(lineage: Lineage, indent: str = "") -> Iterator[str]:
 def how(lineage: Lineage) -> str:
     """By what a model was made, in a few words."""
     steps = lineage.outcome.get("steps")
-    return lineage.kind + (f", {steps} steps" if isinstance(steps, int) else "")
+    return lineage.kind + (f", {steps} step{'' if steps == 1 else 's'}" if isinstance(steps, int) else "")
 
 
 def duties(found: Sequence[Licence]) -> Iterator[str]:

@@ -77,6 +77,7 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
         from dapji.errors import UnavailableError
 
         raise UnavailableError("torch is not installed", hint="pip install 'dapji[train]'") from error
+    from dapji.cli.pull import TerminalProgress
     from dapji.training.settings import read_recipe
     from dapji.training.tune import tune
 
@@ -85,7 +86,14 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
             raise click.BadParameter(f"{change!r} is no KEY=VALUE", param_hint="CHANGES")
     settings = read_recipe(recipe, profile=profile, changes=dict(change.split("=", 1) for change in changes))
     with _Shown(Path(settings.output), as_json) as shown:
-        ended = tune(settings, resume=resume, prepare=shown.prepare, plan=shown.plan, report=shown.report)
+        ended = tune(
+            settings,
+            resume=resume,
+            prepare=shown.prepare,
+            plan=shown.plan,
+            report=shown.report,
+            bars=TerminalProgress(),
+        )
     if not ended:
         click.echo("interrupted; --resume goes on", err=True)
         raise click.exceptions.Exit(130)

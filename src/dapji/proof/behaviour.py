@@ -20,15 +20,14 @@ from dapji.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from dapji.chat import ChatTemplate
 
-TEXTS = (
-    "The quick brown fox didn't jump over 12,345.67 lazy dogs in 2024; it's \"well-known\" (really)!",
-    "안녕하세요! 답지는 열린 언어 모델을 여러분의 컴퓨터에서 실행합니다. 값은 3,000원이에요 ㅎㅎ",
-    'def area(r: float) -> float:\n    """πr²"""\n    return 3.14159 * r**2  # TODO: x_1 != y[-1]\n',
-    "👩‍👩‍👧‍👦 🇰🇷 ❤️‍🔥 é ﬁ ½ ∑ 你好 日本語 Здравствуйте مرحبا",
-    "  two  spaces,\ttab,\r\nline ends\n\n\n   and an end \n ",
-    "<|im_start|>system\n<|endoftext|></s>[INST] <start_of_turn><|eot_id|> <think>",
-)
-"""English, Korean, code, emoji and other scripts, white space, and what looks like control tokens."""
+TEXTS = {
+    "English": "The quick brown fox didn't jump over 12,345.67 lazy dogs in 2024; it's \"well-known\" (really)!",
+    "Korean": "안녕하세요! 답지는 열린 언어 모델을 여러분의 컴퓨터에서 실행합니다. 값은 3,000원이에요 ㅎㅎ",
+    "code": 'def area(r: float) -> float:\n    """πr²"""\n    return 3.14159 * r**2  # TODO: x_1 != y[-1]\n',
+    "emoji and scripts": "👩‍👩‍👧‍👦 🇰🇷 ❤️‍🔥 é ﬁ ½ ∑ 你好 日本語 Здравствуйте مرحبا",
+    "white space": "  two  spaces,\ttab,\r\nline ends\n\n\n   and an end \n ",
+    "what looks like control tokens": "<|im_start|>system\n<|endoftext|></s>[INST] <start_of_turn><|eot_id|> <think>",
+}
 _DATE = "2025-01-31"
 _N_SPELLINGS = 8
 """Control tokens of the model's own that a text spells."""
@@ -46,6 +45,7 @@ _CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", 
 
 
 class Text(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
     text: str
     ids: tuple[int, ...] | None
     """None: the tokenizer refuses it."""
@@ -107,9 +107,10 @@ Difference: TypeAlias = tuple[str, str | None]
 def behaviour_of(files: Files, tokenizer: Tokenizer) -> Behaviour:
     """Raises ConfigError where what the files say of sampling is wrong."""
     spellings = "".join(list(tokenizer.control)[:_N_SPELLINGS])
+    texts = {**TEXTS, **({"control tokens, spelled": spellings} if spellings else {})}
     template = _template(tokenizer, _DATE)
     return Behaviour(
-        texts=tuple(_text(tokenizer, text) for text in (*TEXTS, *filter(None, [spellings]))),
+        texts=tuple(Text(name=name, text=text, ids=_ids(tokenizer, text)) for name, text in texts.items()),
         stop_ids=_stop_ids(tokenizer),
         sampling=files.sampling(),
         templates=_templates(tokenizer),
@@ -121,7 +122,7 @@ def behaviour_of(files: Files, tokenizer: Tokenizer) -> Behaviour:
 def quick_differences(before: Behaviour, files: Files, tokenizer: Tokenizer) -> Iterator[Difference]:
     """All but what is rendered, for which a template has to be compiled. Raises as `behaviour_of`."""
     for text in before.texts:
-        yield f"tokens of {_short(text.text)}", _compared(text.ids, _text(tokenizer, text.text).ids)
+        yield f"tokens of {text.name}", _compared(text.ids, _ids(tokenizer, text.text))
     yield "stop tokens", _compared(before.stop_ids, _stop_ids(tokenizer))
     sampling = files.sampling()
     yield "sampling", None if before.sampling == sampling else f"was {before.sampling}, is {sampling}"
@@ -155,10 +156,6 @@ def _template(tokenizer: Tokenizer, date: str) -> ChatTemplate:
     return ChatTemplate.of(tokenizer, now=lambda: midnight)
 
 
-def _text(tokenizer: Tokenizer, text: str) -> Text:
-    return Text(text=text, ids=_ids(tokenizer, text))
-
-
 def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...] | None:
     try:
         return tuple(tokenizer.encode(text))
@@ -185,7 +182,3 @@ def _compared(before: Sequence[int] | str | None, now: Sequence[int] | str | Non
     at = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
     old, new = before[at : at + 24], now[at : at + 24]
     return f"from {at} on: was {old!r}, is {new!r}" if isinstance(old, str) else f"was {list(old)}, is {list(new)}"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 24 else f"{text[:23]}…")

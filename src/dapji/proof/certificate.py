@@ -5,38 +5,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from dapji.errors import CertificateError, UsageError
 from dapji.files import Files, open_files
 from dapji.models.adapter import Adapter
 from dapji.models.executor import ExecutorKind
+from dapji.ops.reference import Activations
 from dapji.proof.behaviour import Behaviour, behaviour_of, quick_differences
 from dapji.proof.lineage import Lineage, file_hashes, read_lineage, versions
-from dapji.proof.record import read_part
+from dapji.proof.record import read_part, write_parts
 from dapji.proof.replay import ANSWER, NOISE, Passage, Runner, Tolerance, makers
 from dapji.tokenizer import Tokenizer
+from dapji.weights import store
 from dapji.weights.adapter_file import CONFIG_NAME, is_adapter
 from dapji.weights.checkpoint import read_json
-from dapji.weights.sources_base import Progress
+from dapji.weights.sources_base import Progress, Silent
 
 _MARGIN = 2.0
 """How much more than was measured is allowed: another version's kernels may sum in another order."""
-_PASSAGES = {0: "English", 1: "Korean", 2: "code"}
+_PASSAGES = ("English", "Korean", "code")
 """Which of the behaviour's texts are read."""
 _ANSWERED = 0
 """Which passage the model goes on with: each token more is a step."""
 
 
 class Divergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of a model in fewer bits from the one that it was made from."""
+    """Of a model in fewer bits from the one that it was made from, on the passages."""
 
     source: str
+    """Name or path, as it was given."""
     kl: float
-    """Nats per token."""
+    """KL(source || model) over the whole vocabulary, nats per token."""
     same: float
     """The share of places whose likeliest token is the same."""
     tokens: int
@@ -96,37 +101,38 @@ def _base_of(path: Path, lineage: Lineage | None) -> str | None:
 
 
 def certify(
-    path: Path, *, base: str | None = None, divergence: Divergence | None = None, progress: Progress | None = None
+    path: Path,
+    *,
+    base: str | None = None,
+    source: str | None = None,
+    lineage: Lineage | None = None,
+    progress: Progress | None = None,
 ) -> Certificate:
-    """Of a model or an adapter on disk, to be written with `record.write_parts`. Reads all of its files, and computes
-    with it on every executor that is here.
+    """Of a model or an adapter on disk: reads all of its files, and computes with it on every executor that is here.
 
-    base: as in `open_subject`, as which it raises. divergence: where the model has fewer bits than what it was made
-    from.
+    base: as in `open_subject`, as which it raises. source: what the model has in fewer bits, to be compared with.
+    lineage: where it is not written yet. Write what this gives with `record.write_parts`.
     """
-    subject = open_subject(path, base, read_lineage(path))
+    subject = open_subject(path, base, lineage or read_lineage(path))
+    original = None if source is None else open_subject(store.resolve(source), None, None)
     behaviour = behaviour_of(subject.files, subject.tokenizer)
     prompts = _prompts(subject, behaviour)
-    longest = max((len(prompt) for _, _, prompt in prompts), default=0)
-    context = min(subject.files.config.max_context, longest + ANSWER)
     (maker, activations), *others = makers(subject.files)
-    with Runner(maker, subject.files, subject.adapter, context=context, activations=activations) as runner:
-        passages = tuple(
-            runner.passage(
-                name,
-                prompt[:context],
-                adapter=adapted,
-                answer=min(ANSWER, context - len(prompt)) if i == _ANSWERED else 0,
-                vocab_size=subject.tokenizer.vocab_size,
+    n_runs = len(prompts) * (1 + len(others) + (original is not None))
+    nbytes = subject.files.checkpoint.nbytes
+    with (progress or Silent()).bar(f"certifying {path.name}", n_runs * nbytes) as advance:
+        passages = tuple(_passages(subject, prompts, maker, activations, lambda: advance(nbytes)))
+        tolerances: dict[ExecutorKind, Tolerance] = {maker: Tolerance(measured=0.0, allowed=NOISE)}
+        for kind, activations in others:
+            measured = [kl for kl, _ in _replayed(subject, passages, kind, activations, lambda: advance(nbytes))]
+            executor = "native" if activations == "q8" else kind
+            tolerances[executor] = Tolerance(
+                measured=max(measured, default=0.0), allowed=_MARGIN * max(measured, default=0.0) + NOISE
             )
-            for i, (name, adapted, prompt) in enumerate(prompts)
-        )
-    tolerances: dict[ExecutorKind, Tolerance] = {maker: Tolerance(measured=0.0, allowed=NOISE)}
-    for kind, activations in others:
-        with Runner(kind, subject.files, subject.adapter, context=context, activations=activations) as runner:
-            measured = max((runner.divergence(passage)[0] for passage in passages), default=0.0)
-        executor = "native" if activations == "q8" else kind
-        tolerances[executor] = Tolerance(measured=measured, allowed=_MARGIN * measured + NOISE)
+        divergence = None
+        if original is not None and source is not None and passages:
+            divergence = _divergence(source, original, subject, passages, maker)
+            advance(len(passages) * nbytes)
     return Certificate(
         files=file_hashes(path, progress),
         behaviour=behaviour,
@@ -138,18 +144,86 @@ def certify(
     )
 
 
+def write_proof(
+    path: Path,
+    lineage: Lineage,
+    *,
+    base: str | None = None,
+    source: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Lineage and certificate of what was made just now, at once. As `certify`."""
+    certificate = certify(path, base=base, source=source, lineage=lineage, progress=progress)
+    write_parts(path, lineage=lineage, certificate=certificate)
+
+
+def _passages(
+    subject: Subject,
+    prompts: Sequence[tuple[str, bool, tuple[int, ...]]],
+    kind: ExecutorKind,
+    activations: Activations,
+    done: Callable[[], object],
+) -> Iterator[Passage]:
+    """prompts: as `_prompts`."""
+    longest = max((len(prompt) for _, _, prompt in prompts), default=0)
+    context = min(subject.files.config.max_context, longest + ANSWER)
+    with Runner(kind, subject.files, subject.adapter, context=context, activations=activations) as runner:
+        for i, (name, adapted, prompt) in enumerate(prompts):
+            yield runner.passage(
+                name,
+                prompt[:context],
+                adapter=adapted,
+                answer=min(ANSWER, max(0, context - len(prompt))) if i == _ANSWERED else 0,
+                vocab_size=subject.tokenizer.vocab_size,
+            )
+            done()
+
+
+def _replayed(
+    subject: Subject,
+    passages: Sequence[Passage],
+    kind: ExecutorKind,
+    activations: Activations,
+    done: Callable[[], object],
+) -> Iterator[tuple[float, int]]:
+    """As `Runner.divergence`, of each passage."""
+    context = max((len(passage.tokens) for passage in passages), default=1)
+    with Runner(kind, subject.files, subject.adapter, context=context, activations=activations) as runner:
+        for passage in passages:
+            yield runner.divergence(passage)
+            done()
+
+
+def _divergence(
+    source: str, original: Subject, subject: Subject, passages: Sequence[Passage], kind: ExecutorKind
+) -> Divergence:
+    """Means over all places of the passages."""
+    texts = [passage.tokens for passage in passages]
+    context = max(map(len, texts))
+    with Runner(kind, original.files, None, context=context) as runner:
+        before = [runner.log_probs(tokens, adapter=False).astype(np.float32) for tokens in texts]  # [n, V] each
+    kl, same, places = 0.0, 0, sum(map(len, texts))
+    with Runner(kind, subject.files, None, context=context) as runner:
+        for p, tokens in zip(before, texts, strict=True):
+            q = runner.log_probs(tokens, adapter=False)
+            kl += float((np.exp(p) * (p - q)).sum())
+            same += int((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
+    return Divergence(source=source, kl=kl / places, same=same / places, tokens=places)
+
+
 def _prompts(subject: Subject, behaviour: Behaviour) -> list[tuple[str, bool, tuple[int, ...]]]:
     """What passages begin with: name, whether with an adapter, tokens. One is of an adapter's base, without it; of a
     model that predicts no tokens there are none."""
     tokenizer = subject.tokenizer
     begin = (tokenizer.bos_id,) if tokenizer.add_bos and tokenizer.bos_id is not None else ()
-    texts = {name: behaviour.texts[i].ids for i, name in _PASSAGES.items()}
     adapted = subject.adapter is not None
     if subject.files.config.headless:
         return []
     first = behaviour.conversations[0].ids
     prompts = [] if first is None else [("conversation", adapted, first)]
-    prompts += [(name, adapted, (*begin, *ids)) for name, ids in texts.items() if ids]
+    prompts += [
+        (each.name, adapted, (*begin, *each.ids)) for each in behaviour.texts if each.ids and each.name in _PASSAGES
+    ]
     if adapted:
         name, _, prompt = prompts[0]
         prompts.append((f"{name}, the base alone", False, prompt))

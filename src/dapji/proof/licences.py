@@ -29,7 +29,7 @@ _DUTIES = (
 @dataclass(frozen=True, kw_only=True)
 class Licence:
     name: str | None
-    """None: nobody said."""
+    """In small letters. None: nobody said."""
     of: tuple[str, ...]
     """What is under it."""
     duty: str | None
@@ -38,17 +38,20 @@ class Licence:
 
 def licences(model: str, licence: str | None, lineage: Lineage | None) -> list[Licence]:
     """Of a model and of all that it was made of, each once. licence: the model's own, as its files say."""
-    under: dict[str | None, dict[str, None]] = {}
+    found: list[tuple[str | None, str]] = []
     if licence is not None or lineage is None:  # else its parents' are its own
-        under[licence] = {model: None}
+        found.append((licence, model))
     for each in ancestors(lineage) if lineage is not None else ():
         what = f"{each.use} {each.file}" if isinstance(each, DataFile) else f"{each.role} {each.model}"
         if isinstance(each, DataFile) or each.licence is not None or each.lineage is None:
-            under.setdefault(each.licence, {})[what] = None
+            found.append((each.licence, what))
+    under: dict[str | None, dict[str, None]] = {}
+    for name, what in found:
+        under.setdefault(name and name.lower(), {})[what] = None
     return [Licence(name=name, of=tuple(of), duty=_duty(name)) for name, of in under.items()]
 
 
 def _duty(name: str | None) -> str | None:
     if name is None:
         return "find out before you pass it on"
-    return next((duty for pattern, duty in _DUTIES if re.fullmatch(pattern, name.lower())), None)
+    return next((duty for pattern, duty in _DUTIES if re.fullmatch(pattern, name)), None)

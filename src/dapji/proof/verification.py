@@ -14,7 +14,7 @@ from dapji.proof.lineage import DataFile, Lineage, Parent, ancestors, model_path
 from dapji.proof.record import record_path
 from dapji.proof.replay import Runner
 from dapji.weights import store
-from dapji.weights.sources_base import Progress, sha256_file
+from dapji.weights.sources_base import Progress, Silent, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def verify(
         return
     for name, found in differences(certificate.behaviour, subject.files, subject.tokenizer):
         yield Check(part="behaviour", name=name, passed=found is None, detail=found or "")
-    yield from _numbers(certificate, subject, executor or default_kind())
+    yield from _numbers(certificate, subject, executor or default_kind(), progress or Silent())
 
 
 class _Digests:
@@ -119,14 +119,19 @@ def _parent(parent: Parent, elsewhere: str | None, digests: _Digests) -> Iterato
     yield from _compared(path, parent.files, "lineage", f"{name}: ", digests)
 
 
-def _numbers(certificate: Certificate, subject: Subject, kind: ExecutorKind) -> Iterator[Check]:
+def _numbers(certificate: Certificate, subject: Subject, kind: ExecutorKind, progress: Progress) -> Iterator[Check]:
     tolerance = certificate.tolerances.get(kind)
     if not certificate.passages:  # a model that predicts no tokens
         return
     context = max(len(passage.tokens) for passage in certificate.passages)
-    with Runner(kind, subject.files, subject.adapter, context=context) as runner:
+    nbytes = subject.files.checkpoint.nbytes
+    with (
+        progress.bar(f"replaying on {kind}", len(certificate.passages) * nbytes) as advance,
+        Runner(kind, subject.files, subject.adapter, context=context) as runner,
+    ):
         for passage in certificate.passages:
             divergence, others = runner.divergence(passage)
+            advance(nbytes)
             detail = f"divergence {divergence:.2g} nats"
             if tolerance is None:
                 passed, detail = None, f"{detail}; no tolerance was measured for {kind}"

@@ -18,7 +18,8 @@ from dapji.models.config import AttentionConfig, FeedForwardConfig, LayerConfig,
 from dapji.ops.formats import FORMATS
 from dapji.ops.rope import RopeConfig
 from dapji.ops.tensor import Bytes, Tensor
-from dapji.proof.lineage import Lineage, data_file, parent, versions, write_lineage
+from dapji.proof.certificate import write_proof
+from dapji.proof.lineage import Lineage, data_file, parent, versions
 from dapji.tokenizer.train import train
 from dapji.training.data.reading import texts_of
 from dapji.weights.convert import MAX_SHARD_BYTES
@@ -138,7 +139,7 @@ def write_new(
             settings={**asdict(sizes), "seed": seed, "separator": separator},
             versions=versions("numpy", "tokenizers"),
         )
-        write_lineage(made, lineage)
+        write_proof(made, lineage)
     return config
 
 

@@ -14,15 +14,15 @@ from torch.distributed.tensor import DTensor
 from dapji.files import Files
 from dapji.models.adapter import Adapter
 from dapji.ops.tensor import Tensor
-from dapji.proof.certificate import certify
+from dapji.proof.certificate import write_proof
 from dapji.proof.lineage import DataFile, Lineage, Parent, Use, data_file, parent, versions
-from dapji.proof.record import write_parts
 from dapji.training.actor import lora_pairs
 from dapji.training.checkpoints import Progress
 from dapji.training.network import Network
 from dapji.training.settings import DistillSettings, GrpoSettings, OnPolicySettings, Recipe
 from dapji.weights.adapter_file import write_adapter
 from dapji.weights.convert import write_folder
+from dapji.weights.sources_base import Progress as Bars
 from dapji.weights.sources_base import sha256_file
 
 
@@ -47,8 +47,10 @@ def write(
     *,
     progress: Progress,
     data: Mapping[Use, Sequence[Mapping[str, str]]],
+    bars: Bars | None = None,
 ) -> None:
-    """trained: as `gathered` gives it. data: the files that were learned from, as `RunData.record` has them."""
+    """trained: as `gathered` gives it. data: the files that were learned from, as `RunData.record` has them. bars: of
+    what takes its time."""
     if recipe.lora is None:
         whole = folder / "whole"
         shutil.rmtree(whole, ignore_errors=True)
@@ -59,14 +61,12 @@ def write(
     else:
         pairs = lora_pairs(files.config, recipe.lora, trained)
         write_adapter(folder, files.config, Adapter(pairs=pairs), base=recipe.model)
-    certificate = certify(folder, base=recipe.model if recipe.lora else None)
     # written last: a folder that has it is whole
-    write_parts(
+    write_proof(
         folder,
-        certificate=certificate,
-        lineage=Lineage(
+        Lineage(
             kind="tune",
-            parents=tuple(_parents(recipe)),
+            parents=tuple(_parents(recipe, bars)),
             data=tuple(_data_files(recipe, data)),
             settings=msgspec.to_builtins(recipe),
             outcome={
@@ -76,13 +76,14 @@ def write(
             },
             versions=versions("torch"),
         ),
+        progress=bars,
     )
 
 
-def _parents(recipe: Recipe) -> Iterator[Parent]:
-    yield parent("base", recipe.model)
+def _parents(recipe: Recipe, bars: Bars | None) -> Iterator[Parent]:
+    yield parent("base", recipe.model, bars)
     if isinstance(recipe.method, DistillSettings | OnPolicySettings):
-        yield parent("teacher", recipe.method.teacher)
+        yield parent("teacher", recipe.method.teacher, bars)
 
 
 def _data_files(recipe: Recipe, data: Mapping[Use, Sequence[Mapping[str, str]]]) -> Iterator[DataFile]:

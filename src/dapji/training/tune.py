@@ -29,6 +29,7 @@ from dapji.training.settings import Recipe, layer_matrices, write_recipe
 from dapji.training.sharding import is_first, process_group, shard, together
 from dapji.training.supervised import bytes_of_tokens
 from dapji.training.trainer import Report, Trainer, make_optimizer
+from dapji.weights.sources_base import Progress as Bars
 
 CHECKPOINTS = "checkpoints"
 
@@ -60,11 +61,13 @@ def tune(
     prepare: Callable[[int, int], None] = lambda done, total: None,
     plan: Callable[[Planned], None] = lambda planned: None,
     report: Report = lambda metrics: None,
+    bars: Bars | None = None,
 ) -> bool:
     """Run a recipe; whether it came to its end. Interrupted, it can go on with `resume`.
 
     On the first process, prepare: told how much of what has been computed, where a method has something to compute of
-    all examples before the first step; plan: told before the first step; report: the metrics of every step.
+    all examples before the first step; plan: told before the first step; report: the metrics of every step; bars:
+    of what takes its time after the last.
     Raises UsageError where the folder holds another run, and what reading model and data raises.
     """
     with process_group(recipe.run.device) as device:
@@ -73,7 +76,7 @@ def tune(
             _claim(folder, recipe, resume)
         together()
         files = open_files(recipe.model)
-        return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report)
+        return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report, bars)
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -104,6 +107,7 @@ def _run(
     prepare: Callable[[int, int], None],
     plan: Callable[[Planned], None],
     report: Report,
+    bars: Bars | None,
 ) -> bool:
     if recipe.lora is None and recipe.run.dtype != "float32":
         raise ConfigError(
@@ -176,7 +180,7 @@ def _run(
             return False
     weights = output.gathered(network)
     if is_first():
-        output.write(folder, recipe, files, weights, progress=trainer.progress, data=data.record["files"])
+        output.write(folder, recipe, files, weights, progress=trainer.progress, data=data.record["files"], bars=bars)
         shutil.rmtree(folder / DATA)
         shutil.rmtree(folder / CHECKPOINTS)
         log.write_page(running=False)
