@@ -36,7 +36,7 @@ def torchrun(ranks: int, recipe: Path, stop: int = 0) -> None:
         pytest.param(RUN, [2, 3], id="full on two, then three", marks=pytest.mark.slow),
         pytest.param(f"{LORA}\n{RUN}", [2, 3], id="lora on two, then three", marks=pytest.mark.slow),
         pytest.param(f"{LORA}\ndora = true\n{RUN}", [2, 3], id="dora on two, then three", marks=pytest.mark.slow),
-        pytest.param(f"{KTO}\n{RUN}", [2, 1], id="kto on two, then alone", marks=pytest.mark.slow),
+        pytest.param(f"{KTO}\n{RUN}", [2, 3], id="kto on two, then three", marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_ranks_learns_what_one_does(tmp_path: Path, tables: str, ranks: list[int]) -> None:

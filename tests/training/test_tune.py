@@ -1,13 +1,9 @@
-"""Whole runs from recipes: what is in the folder loads elsewhere and answers alike; killed runs go on bit for bit."""
+"""Whole runs from recipes: what is in the folder loads elsewhere and answers alike; a folder is of one run."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,49 +116,6 @@ def test_an_adapter_learns_on_a_smaller_base(tmp_path: Path, dtype: str) -> None
 def test_all_weights_want_float32(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.dtype is 'bfloat16', but weights are trained in float32"):
         tune(read_recipe(tiny.write_recipe(tmp_path, RUN), changes={"run.dtype": "bfloat16"}))
-
-
-def start(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dapji", "tune", str(recipe), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not (path.exists() and text in path.read_text()):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize(
-    ("tables", "kills"),
-    [
-        pytest.param(f"{LORA}\n{RUN}", [4], id="lora"),
-        pytest.param(f"{LORA}\ndora = true\n{RUN}", [2, 5], id="dora", marks=pytest.mark.slow),
-        pytest.param(RUN, [1, 3, 4, 7], id="full", marks=pytest.mark.slow),
-    ],
-)
-def test_killed_at_any_step_and_resumed_is_uninterrupted(tmp_path: Path, tables: str, kills: list[int]) -> None:
-    """By SIGKILL, whatever is being written. The results are the same files, bit for bit."""
-    recipe = tiny.write_recipe(tmp_path, tables)
-    process = start(recipe)
-    for step in kills:
-        wait_for(tmp_path / "run" / "metrics.jsonl", f'"step": {step}, "loss"', process)
-        process.kill()
-        process.communicate()
-        process = start(recipe, "--resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert b"goes on after step" in errors
-    assert tune(read_recipe(tiny.write_recipe(tmp_path, tables, name="whole")))
-    assert exact(lines(tmp_path / "run")) == exact(lines(tmp_path / "whole"))
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "run" / path.name).read_bytes()
 
 
 def interrupt_at(step: int) -> Callable[[Mapping[str, Any]], None]:
