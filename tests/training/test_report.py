@@ -69,8 +69,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.write_pairs(folder / f"{name}.jsonl", 4)
     pairs = tiny.write_recipe(folder, '[method]\nname = "dpo"\n[run]\nsteps = 4\nbatch = 1', name="pairs")
     assert tune(read_recipe(pairs))
+    stopped = read_recipe(pairs, changes={"output": f"{folder}/stopped"})
+    assert not tune(stopped, report=lambda metrics: interrupt_at(2)(metrics) if "loss" in metrics else None)
     write_result(folder / "result.json", result())
     write_report(folder / "run" / PAGE, [folder / "run"], evaluations=[folder / "result.json"], language="en")
+    write_report(folder / "goes-on.html", [folder / "stopped"], running=True, language="en")
     write_report(folder / "both.html", [folder / "run", folder / "pairs"], language="en")
     return folder
 
@@ -211,11 +214,30 @@ def test_languages_and_themes(runs: Path, opened: Any) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", [f"run/{PAGE}", "both.html"])
+@pytest.mark.parametrize("name", [f"run/{PAGE}", "both.html", "goes-on.html"])
 def test_axe_finds_nothing_serious_in_a_report(runs: Path, opened: Any, name: str, theme: str) -> None:
     page = opened(runs / name, color_scheme=theme, bypass_csp=True)
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     assert serious_violations(page) == []
+
+
+def test_how_far_a_run_is(runs: Path, opened: Any) -> None:
+    page = opened(runs / "goes-on.html")
+    expect(page.locator(".state")).to_have_text(re.compile(r"Running: step 2 of 4, about \d+:\d\d left."))
+    expect(page.get_by_role("progressbar")).to_have_attribute("value", "2")
+    page.clock.install()
+    with page.expect_navigation():
+        page.reload()
+    page.evaluate("window.before = true")
+    page.get_by_role("button", name="Keep loading again", pressed=True).click()
+    page.clock.fast_forward(31_000)
+    assert page.evaluate("window.before")
+    page.get_by_role("button", name="Keep loading again", pressed=False).click()
+    with page.expect_navigation():
+        page.clock.fast_forward(31_000)
+    assert page.evaluate("window.before") is None
+    page = opened(runs / "stopped" / PAGE)
+    expect(page.locator(".state")).to_have_text("Not finished: step 2 of 4. “dapji tune RECIPE --resume” goes on.")
 
 
 def test_several_runs_are_compared(runs: Path, opened: Any) -> None:

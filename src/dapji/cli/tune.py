@@ -16,7 +16,7 @@ from dapji.cli.console import wants_colour
 if TYPE_CHECKING:
     from dapji.training.tune import Planned
 
-_BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+_BAR = "{percentage:3.0f}% {bar} step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 _LATELY = 10
 """Steps whose speed is shown."""
 _CURVE = 8
@@ -97,9 +97,10 @@ def command(recipe: Path, changes: tuple[str, ...], profile: str | None, resume:
     if not ended:
         click.echo("interrupted; --resume goes on", err=True)
         raise click.exceptions.Exit(130)
-    shown.sum_up()
-    if not as_json:
-        click.echo(settings.output)
+    if shown.first:
+        shown.sum_up()
+        if not as_json:
+            click.echo(settings.output)
 
 
 class _Shown:
@@ -109,8 +110,9 @@ class _Shown:
         self._folder = folder
         self._as_json = as_json
         self._bar: Any = None
-        self._steps: list[Mapping[str, Any]] = []
-        self._held_out: list[float] = []
+        self.first = False
+        """Whether this is the process that is told of the run."""
+        self._steps: list[Mapping[str, Any]] = []  # since the command began
 
     def prepare(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -126,6 +128,7 @@ class _Shown:
 
         from dapji.training.report import PAGE
 
+        self.first = True
         share = f"{planned.trained / planned.parameters:.1%} of {planned.parameters / 1e6:.0f}M weights"
         full = "" if planned.fill is None else f", windows {planned.fill:.0%} full"
         click.echo(f"{planned.samples} examples, {planned.steps} steps, {share} trained{full}", err=True)
@@ -145,7 +148,6 @@ class _Shown:
             click.echo(json.dumps(metrics))
             sys.stdout.flush()
         if "evaluation_loss" in metrics:
-            self._held_out.append(metrics["evaluation_loss"])
             line = f"step {metrics['step']:>6}  held-out loss {metrics['evaluation_loss']:.4f}"
             line += _own(metrics, "evaluation_")
             with self._bar.external_write_mode(file=sys.stderr):
@@ -172,19 +174,15 @@ class _Shown:
         """What came of it, after the last step."""
         from tqdm import tqdm
 
-        from dapji.training.report import PAGE
+        from dapji.training.report import PAGE, RunRecord
 
-        self._close()
-        losses = [f"loss {self._steps[-1]['loss']:.4f}"] if self._steps else []
-        if len(self._held_out) > 1:
-            losses.insert(0, f"held-out loss {self._held_out[0]:.4f} -> {self._held_out[-1]:.4f}")
-        if self._steps:
-            tokens, seconds = (sum(metrics[name] for metrics in self._steps) for name in ("trained_tokens", "seconds"))
-            losses.append(
-                f"{tokens:,} trained tokens in {tqdm.format_interval(seconds)}, {_speed(self._steps):.0f} a second"
-            )
-            losses.append(f"at most {_gigabytes(self._steps)}")
-        click.echo(", ".join(losses), err=True)
+        run = RunRecord.read(self._folder)
+        before, after = run.held_out
+        told = [] if before is None else [f"held-out loss {before:.4f} -> {after:.4f}"]
+        told.append(f"loss {run.steps[-1]['loss']:.4f}")
+        time = tqdm.format_interval(run.seconds)
+        told.append(f"{run.trained_tokens:,} trained tokens in {time}, {run.trained_tokens / run.seconds:.0f} a second")
+        click.echo(", ".join([*told, f"at most {_gigabytes(run.steps)}"]), err=True)
         click.echo(f"report     {self._folder / PAGE}", err=True)
 
     def _close(self) -> None:

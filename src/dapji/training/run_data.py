@@ -20,7 +20,7 @@ from dapji.training.data.reading import Entry, Reader, prepare, refusal
 from dapji.training.data.report import Shown, shown, shown_prompt
 from dapji.training.data.stream import Stream
 from dapji.training.kto_data import mismatched
-from dapji.training.samples import Question, Spread, has_room, held_out_count, question_of, question_of_prompt, spread
+from dapji.training.samples import Question, Reservoir, has_room, held_out_count, question_of, question_of_prompt
 from dapji.training.settings import Recipe, RolloutSettings
 from dapji.training.sharding import is_first, together
 from dapji.weights.files import replacing
@@ -132,7 +132,10 @@ def _prepare_prompts(recipe: Recipe, files: Files, folder: Path) -> dict[str, An
             good = (entry for entry in entries if entry.prompt is not None)
             shown = [shown_prompt(entry, tokenizer) for entry in islice(good, _SHOWN)]
         else:
-            questions = [question_of_prompt(prompt) for prompt in spread(prompts, held_out_count(recipe))]
+            few = Reservoir[Prompt](held_out_count(recipe), recipe.seed)
+            for prompt in prompts:
+                few.add(prompt)
+            questions = [question_of_prompt(prompt) for prompt in few]
     return {"files": hashes, "invalid": invalid, "notes": {}, **_looked_at(recipe, files, shown, questions)}
 
 
@@ -155,14 +158,16 @@ def _prepare(recipe: Recipe, files: Files, folder: Path) -> dict[str, Any]:
     encoder = Encoder(tokenizer, max_length=longest, truncate=data.truncate)
     notes: Counter[str] = Counter()
     firsts: list[Entry] = []
-    held_out = Spread(held_out_count(recipe))
+    held_out = Reservoir[Entry](held_out_count(recipe), recipe.seed)
     invalid, hashes = 0, {}
 
     def note(name: str, entry: Entry) -> None:
         notes.update(entry.notes)
+        if entry.error is not None:
+            return
         if name == "evaluate":
             held_out.add(entry)
-        elif entry.error is None and len(firsts) < _SHOWN:
+        elif len(firsts) < _SHOWN:
             firsts.append(entry)
 
     for name, paths in (("train", data.train), ("evaluate", data.evaluate)):

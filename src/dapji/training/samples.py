@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from random import Random
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -45,29 +46,24 @@ class Question:
     """The answer of the example, where it has one."""
 
 
-class Spread:
-    """A few of many entries, from all over them, kept while they pass by."""
+class Reservoir(Generic[T]):
+    """A few of many that pass by, each as likely as any other (Vitter 1985, algorithm R)."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, seed: int) -> None:
         self._count = count
-        self._kept: list[Entry] = []
-        self._seen, self._stride = 0, 1
+        self._random = Random(seed)
+        self._kept: list[tuple[int, T]] = []
+        self._seen = 0
 
-    def add(self, entry: Entry) -> None:
-        if self._count and entry.samples and self._seen % self._stride == 0:
-            self._kept.append(entry)
-            if len(self._kept) > 8 * self._count:
-                self._kept, self._stride = self._kept[::2], 2 * self._stride
-        self._seen += bool(entry.samples)
+    def add(self, each: T) -> None:
+        place = self._seen if self._seen < self._count else self._random.randrange(self._seen + 1)
+        if place < self._count:
+            self._kept[place : place + 1] = [(self._seen, each)]
+        self._seen += 1
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(spread(self._kept, self._count))
-
-
-def spread(of: Sequence[T], count: int) -> list[T]:
-    """`count` of them, from all over; all where there are fewer."""
-    count = min(count, len(of))
-    return [of[i * len(of) // count] for i in range(count)]
+    def __iter__(self) -> Iterator[T]:
+        """In the order in which they came."""
+        return (each for _, each in sorted(self._kept, key=lambda kept: kept[0]))
 
 
 def held_out_count(recipe: Recipe) -> int:

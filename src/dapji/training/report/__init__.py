@@ -18,7 +18,7 @@ from dapji.training.report.runs import METRICS, RECIPE, SAMPLES, START, RunRecor
 from dapji.training.report.texts import Language, system_language
 from dapji.weights.files import replacing
 
-__all__ = ["METRICS", "PAGE", "RECIPE", "SAMPLES", "START", "Language", "write_report"]
+__all__ = ["METRICS", "PAGE", "RECIPE", "SAMPLES", "START", "Language", "RunRecord", "write_report"]
 
 PAGE = "report.html"
 """In the folder of a run."""

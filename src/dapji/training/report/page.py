@@ -62,26 +62,30 @@ class _Page:
             h("meta", {"http-equiv": "Content-Security-Policy", "content": policy}),
             h("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
             h("meta", {"name": "color-scheme", "content": "light dark"}),
-            h("meta", {"http-equiv": "refresh", "content": _RELOAD}) if running else None,
+            # with a script there is a button that stops it (WCAG 2.2.1)
+            h("noscript", None, h("meta", {"http-equiv": "refresh", "content": _RELOAD})) if running else None,
             h("title", None, f"{title} · Dapji"),
             h("style", None, Markup(style)),
         )
         body = h(
             "body",
             None,
-            self._bar(),
+            self._bar(running),
             h("main", None, *(self._one(runs[0], results) if len(runs) == 1 else self._several(runs, results))),
             h("footer", None, self._t("p", "made.by", version=__version__)),
             h("script", None, Markup(script)),
         )
         return f"<!doctype html>\n{h('html', {'lang': self._language}, head, body)}\n"
 
-    def _bar(self) -> Markup:
+    def _bar(self, running: bool) -> Markup:
         # What needs the script is shown by it.
         return h(
             "header",
             {"class": "bar"},
             h("span", {"class": "brand"}, "Dapji"),
+            self._t("button", "reload", {"type": "button", "id": "reload", "data-seconds": _RELOAD, "hidden": True})
+            if running
+            else None,
             self._t("button", "language.other", {"type": "button", "id": "language", "hidden": True}),
             self._t("button", "theme", {"type": "button", "id": "theme", "hidden": True}),
         )
@@ -90,7 +94,8 @@ class _Page:
 
     def _one(self, run: RunRecord, results: Sequence[Result]) -> Iterable[Child]:
         yield h("h1", None, run.name)
-        yield self._state(run)
+        yield h("p", {"class": "note"}, f"{run.recipe.model} · {_method(run.recipe)} · ", self._trains(run))
+        yield from self._state(run)
         yield h("dl", {"class": "tiles"}, *self._tiles(run))
         yield self._t("h2", "plots")
         yield self._t("p", "plots.note", {"class": "note"})
@@ -116,15 +121,30 @@ class _Page:
         else:
             yield self._lineage(run.lineage)
 
-    def _state(self, run: RunRecord) -> Markup:
-        values = {"step": f"{run.step:,}", "steps": f"{run.start['steps']:,}"}
-        return text(f"state.{run.state}", **values).element("p", self._language, {"class": f"state {run.state}"})
+    def _state(self, run: RunRecord) -> Iterable[Child]:
+        step, steps = run.step, run.start["steps"]
+        values = {"step": f"{step:,}", "steps": f"{steps:,}"}
+        state = f"state.{run.state}"
+        if run.state == "running" and step:
+            values["left"] = _clock(run.seconds / step * (steps - step))
+        elif run.state == "running":
+            state = "state.begun"
+        yield self._t("p", state, {"class": f"state {run.state}"}, **values)
+        if run.state != "done":
+            yield h("progress", {"max": steps, "value": step, "aria-label": f"{step} / {steps}"})
+
+    def _trains(self, run: RunRecord) -> Markup:
+        trained, parameters = _count(run.start["trained"]), _count(run.start["parameters"])
+        if run.recipe.lora is None:
+            return self._t("span", "trains.all", n=trained)
+        return self._t("span", "trains.adapter", rank=str(run.recipe.lora.rank), n=trained, all=parameters)
 
     def _tiles(self, run: RunRecord) -> Iterable[Markup]:
-        first, last = _held_out(run)
+        first, last = run.held_out
         if last is not None:
-            before = text("from", value=number(first)) if first is not None else None
-            yield self._tile("held.out", number(last), before)
+            before = text("untrained") if first is None else text("from", value=number(first))
+            note = before if first is not None or run.evaluations[-1]["step"] == 0 else None
+            yield self._tile("held.out", number(last), note)
         elif run.steps:
             best = min(run.steps, key=lambda line: float(line["loss"]))
             least = text("least", value=number(best["loss"]), step=f"{best['step']:,}")
@@ -134,12 +154,7 @@ class _Page:
         yield self._tile("time", _clock(run.seconds), text("time.note"))
         if run.steps:
             yield self._tile("speed", number(run.trained_tokens / run.seconds), text("speed.note"))
-            yield self._tile("memory", _bytes(max(line["memory"] for line in run.steps)), self._share(run))
-
-    def _share(self, run: RunRecord) -> Text:
-        start = run.start
-        share = f"{100 * start['trained'] / start['parameters']:.3g}%"
-        return text("parameters.note", share=share, n=_count(start["parameters"]))
+            yield self._tile("memory", _bytes(run.memory or 0), text("memory.note"))
 
     def _tile(self, key: str, value: str, note: Text | None) -> Markup:
         small = None if note is None else note.element("small", self._language)
@@ -203,17 +218,12 @@ class _Page:
 
     def _facts(self, run: RunRecord) -> Markup:
         recipe, start = run.recipe, run.start
-        trained, parameters = _count(start["trained"]), _count(start["parameters"])
-        if recipe.lora is None:
-            trains = text("trains.all", n=trained)
-        else:
-            trains = text("trains.adapter", rank=str(recipe.lora.rank), n=trained, all=parameters)
         samples = f"{start['samples']:,}"
         left_out = text("examples.left.out", n=samples, invalid=f"{start['invalid']:,}")
         rows: list[tuple[str, Child]] = [
             ("fact.model", recipe.model),
             ("fact.method", _method(recipe)),
-            ("fact.trains", trains.element("span", self._language)),
+            ("fact.trains", self._trains(run)),
             ("fact.examples", left_out.element("span", self._language) if start["invalid"] else samples),
         ]
         if start["fill"] is not None:
@@ -399,7 +409,7 @@ class _Page:
         keys = ["run", "state", "held.out", "training.loss", "trained.tokens", "time", "speed", "memory"]
         rows = []
         for run in runs:
-            first, last = _held_out(run)
+            first, last = run.held_out
             held_out = "–" if last is None else number(last) if first is None else f"{number(first)} → {number(last)}"
             values = {"step": f"{run.step:,}", "steps": f"{run.start['steps']:,}"}
             cells: list[Child] = [text(f"state.short.{run.state}", **values).element("span", self._language), held_out]
@@ -407,7 +417,7 @@ class _Page:
                 loss = number(run.steps[-1]["loss"])
                 speed, memory = (
                     number(run.trained_tokens / run.seconds),
-                    _bytes(max(line["memory"] for line in run.steps)),
+                    _bytes(run.memory or 0),
                 )
                 cells += [loss, f"{run.trained_tokens:,}", _clock(run.seconds), speed, memory]
             else:
@@ -444,14 +454,6 @@ def _hash(source: str) -> str:
 def _table(head: Sequence[Child], rows: Sequence[Sequence[Child]]) -> Markup:
     body = h("tbody", None, *(h("tr", None, *row) for row in rows))
     return h("div", {"class": "wide", "tabindex": 0}, h("table", None, h("thead", None, h("tr", None, *head)), body))
-
-
-def _held_out(run: RunRecord) -> tuple[float | None, float | None]:
-    """The loss before training and the last, where something is held out; without the first, where only that is."""
-    losses = [line["evaluation_loss"] for line in run.evaluations if "evaluation_loss" in line]
-    if not losses:
-        return None, None
-    return (losses[0] if len(losses) > 1 else None), losses[-1]
 
 
 def _by_sample(samples: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -65,6 +65,19 @@ class RunRecord:
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     @property
+    def held_out(self) -> tuple[float | None, float | None]:
+        """The loss before training and the last, where something is held out; without the first, where only that is."""
+        losses = [line["evaluation_loss"] for line in self.evaluations if "evaluation_loss" in line]
+        if not losses:
+            return None, None
+        return (losses[0] if len(losses) > 1 else None), losses[-1]
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes at most; None before the first step."""
+        return max((line["memory"] for line in self.steps), default=None)
+
+    @property
     def trained_tokens(self) -> int:
         return sum(line["trained_tokens"] for line in self.steps)
 

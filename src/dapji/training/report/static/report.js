@@ -52,6 +52,21 @@ if (["light", "dark"].includes(kept.get("theme"))) root.dataset.theme = kept.get
 speak(kept.get("language"));
 languageButton.hidden = themeButton.hidden = false;
 
+// The page of a run that goes on: loaded again, until somebody wants to read in peace.
+
+const reloadButton = document.getElementById("reload");
+if (reloadButton !== null) {
+  const wanted = () => kept.get("reload") !== "no";
+  const tell = () => reloadButton.setAttribute("aria-pressed", wanted());
+  reloadButton.addEventListener("click", () => {
+    kept.set("reload", wanted() ? "no" : "yes");
+    tell();
+  });
+  tell();
+  reloadButton.hidden = false;
+  setInterval(() => wanted() && location.reload(), reloadButton.dataset.seconds * 1000);
+}
+
 // Plots: the values of the step under the pointer, or, with the arrow keys, of one step after another.
 
 for (const figure of document.querySelectorAll(".plot")) {
