@@ -67,9 +67,10 @@ def test_a_report_for_scripts(dapji: Dapji, endless: Path, backwards: Path, held
     assert lineage.outcome["survival"] == {"share": head["share"], "bits": head["bits"]}
     measured = told["evaluation"]
     assert lineage.outcome["evaluation"] == measured
+    assert dapji("verify", out, "--executor", "reference").code == 0
     assert 0 < measured["kl"] < 0.01
     assert measured["same_top"] == 1
-    assert abs(measured["loss"] - measured["adapter_loss"]) < 0.05
+    assert abs(measured["loss"] - measured["source_loss"]) < 0.05
 
 
 def test_what_rounding_buries_is_told(dapji: Dapji, endless: Path, backwards: Path, tmp_path: Path) -> None:
@@ -130,6 +131,19 @@ def test_what_a_tuned_model_loses_when_it_is_quantised(
     result = dapji(*arguments[:-2], tiny, "--force")
     assert result.code == 1
     assert "is not what" in result.err
+
+
+def test_how_far_a_quantised_model_is_from_its_source(
+    dapji: Dapji, endless: Path, held_out: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q4.gguf"
+    arguments = ("quantize", endless, "Q4_0", out, "--evaluate", held_out, "--executor", "reference")
+    told = json.loads(dapji(*arguments, "--json").out)["evaluation"]
+    assert told["base_loss"] is None
+    assert 0 < told["kl"] < 1
+    assert told["loss"] != told["source_loss"]
+    text = dapji(*arguments, "--force").out
+    assert f"held out, 31 tokens: loss {told['source_loss']:.4f} before, of the result {told['loss']:.4f}" in text
 
 
 def test_an_adapter_goes_to_gguf_and_back(dapji: Dapji, endless: Path, backwards: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_divergence_and_losses_are_torchs(kind: str, texts: list[Text], tmp_path
         same += (p.argmax(dim=1) == q.argmax(dim=1)).tolist()
     assert found.tokens == len(kls) == sum(int(text.judged.sum()) for text in texts)
     # float32 logits that were summed in another order
-    assert [found.base_loss, found.adapter_loss, found.loss] == pytest.approx(np.mean(losses, axis=0), abs=1e-5)
+    assert [found.base_loss, found.source_loss, found.loss] == pytest.approx(np.mean(losses, axis=0), abs=1e-5)
     assert found.kl == pytest.approx(np.mean(kls), abs=1e-5)
     assert found.kl > 0.01
     assert found.kl_error == pytest.approx(np.std(kls) / np.sqrt(len(kls)), abs=1e-5)

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from dapji.cli.console import wants_colour
 
 if TYPE_CHECKING:
+    from dapji.evaluation.divergence import Divergence, Text
+    from dapji.files import Files
+    from dapji.models.adapter import Adapter
+    from dapji.models.executor import ExecutorKind
     from dapji.ops.tensor import Tensor
     from dapji.proof.lineage import Lineage
     from dapji.weights.checkpoint import Checkpoint
     from dapji.weights.convert import Report
     from dapji.weights.merge import Survival
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def evaluate_options(command: F) -> F:
+    """--evaluate --executor."""
+    for option in (
+        click.option(
+            "--executor",
+            type=click.Choice(["native", "torch", "reference"]),
+            help="What computes for --evaluate [default: native where it was built].",
+        ),
+        click.option(
+            "--evaluate",
+            multiple=True,
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            metavar="FILE",
+            help="Compare on these held-out examples, as `dapji data check` reads them: losses, and the divergence of "
+            "the result from what it was made from.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def type_name(text: str) -> str:
@@ -165,3 +193,63 @@ def print_survival(changes: Mapping[str, Survival]) -> None:
         click.echo(click.style("warning: ", fg="yellow", bold=True) + said, err=True, color=wants_colour())
         advice = "use an adapter as it is (--adapter of dapji chat, run and serve), or write F16, which rounds least"
         click.echo(click.style("hint: ", fg="cyan", bold=True) + advice, err=True, color=wants_colour())
+
+
+def held_out(paths: Sequence[Path], files: Files) -> list[Text]:
+    """The examples of held-out files as the model reads them."""
+    from dapji.errors import FormatError
+    from dapji.evaluation.divergence import Text
+    from dapji.files import default_context
+    from dapji.training.data.encoding import Encoder
+    from dapji.training.data.reading import Reader, refusal
+
+    if not paths:
+        return []
+    encoder = Encoder(files.tokenizer(), max_length=default_context(files.config))
+    entries = [entry for path in paths for entry in Reader(path, encoder)]
+    if wrong := [entry for entry in entries if entry.error is not None]:
+        raise refusal(wrong, len(entries))
+    samples = [(entry, sample) for entry in entries for sample in entry.samples]
+    for entry, sample in samples:
+        if len(sample.sequences) > 1 or sample.good is not None:
+            raise FormatError(
+                f"{entry.where}: a preference has no one answer to be compared on",
+                hint="--evaluate takes conversations, prompts with completions, and texts",
+            )
+    if not samples:
+        raise FormatError(f"{paths[0]}: there is no example")
+    return [Text(ids=each.ids, judged=each.learned) for _, sample in samples for each in sample.sequences]
+
+
+def measure(
+    source: Files,
+    adapter: Adapter | None,
+    result: Files,
+    texts: Sequence[Text],
+    *,
+    executor: ExecutorKind | None,
+    threads: int | None,
+) -> Divergence | None:
+    """None where there are no texts."""
+    from tqdm import tqdm
+
+    from dapji.evaluation.divergence import divergence
+
+    if not texts:
+        return None
+    with tqdm(desc="comparing answers", total=len(texts), disable=None, delay=1, leave=False) as bar:
+        return divergence(
+            source, adapter, result, texts, executor=executor, threads=threads, progress=lambda: bar.update()
+        )
+
+
+def print_divergence(measured: Divergence) -> None:
+    if measured.base_loss is None:
+        before = f"loss {measured.source_loss:.4f} before"
+    else:
+        before = f"loss of the base {measured.base_loss:.4f}, with the adapter {measured.source_loss:.4f}"
+    click.echo(f"held out, {measured.tokens} tokens: {before}, of the result {measured.loss:.4f}")
+    click.echo(
+        f"divergence from what it was made from: {measured.kl:.2g} +/- {measured.kl_error:.1g}, the same likeliest "
+        f"token in {measured.same_top:.1%} of places"
+    )

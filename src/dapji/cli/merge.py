@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from dapji.evaluation.divergence import Divergence, Text
-    from dapji.files import Files
+from dapji.cli.conversion import evaluate_options
 
 
 @click.command()
@@ -27,14 +24,7 @@ if TYPE_CHECKING:
     metavar="PATH[=FACTOR]",
     help="A LoRA adapter for the base: PEFT's folder or a GGUF file. Several are added up, each times its factor.",
 )
-@click.option(
-    "--evaluate",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Compare base, base with adapter, and result on these held-out examples, as `dapji data check` reads them.",
-)
-@click.option("--executor", type=click.Choice(["native", "torch", "reference"]), help="What computes for --evaluate.")
+@evaluate_options
 @click.option("--force", is_flag=True, help="Replace OUT if it is a file that exists.")
 @click.option("--threads", type=click.IntRange(1), help="[default: all processors]")
 @click.option("--json", "as_json", is_flag=True, help="Everything, of every changed tensor, as one JSON object.")
@@ -76,6 +66,9 @@ def command(
 
     from dapji.cli.conversion import (
         check_target,
+        held_out,
+        measure,
+        print_divergence,
         print_summary,
         print_survival,
         record,
@@ -98,7 +91,7 @@ def command(
     given = [_adapter(text) for text in adapters]
     adapter = combined([(files.adapter(path), factor) for path, factor in given])
     weights = merged(files.tensors, adapter)
-    texts = _texts(evaluate, files)
+    texts = held_out(evaluate, files)
     hashing = TerminalProgress()
     parents = parent("base", base, hashing), *(parent("adapter", str(path), hashing) for path, _ in given)
     if quantised := sorted({files.tensors[name].format.name for name in weights} - {*FLOATS}):
@@ -107,14 +100,7 @@ def command(
     result = open_files(out)
     with tqdm(desc="comparing weights", total=len(weights), disable=None, delay=1, leave=False) as bar:
         changes = survival(files.tensors, weights, result.tensors, lambda name: bar.update())
-    measured = None
-    if texts:
-        from dapji.evaluation.divergence import divergence
-
-        with tqdm(desc="comparing answers", total=len(texts), disable=None, delay=1, leave=False) as bar:
-            measured = divergence(
-                files, adapter, result, texts, executor=executor, threads=threads, progress=lambda: bar.update()
-            )
+    measured = measure(files, adapter, result, texts, executor=executor, threads=threads)
     told = {"evaluation": asdict(measured)} if measured is not None else {}
     record(
         out,
@@ -137,7 +123,7 @@ def command(
     print_summary(report, out)
     print_survival(changes)
     if measured is not None:
-        _print(measured)
+        print_divergence(measured)
 
 
 def _adapter(text: str) -> tuple[Path, float]:
@@ -149,40 +135,3 @@ def _adapter(text: str) -> tuple[Path, float]:
         except ValueError:
             raise click.BadParameter(f"{text!r}: {factor!r} is no number", param_hint="--adapter") from None
     return Path(text).expanduser(), 1.0
-
-
-def _texts(paths: Sequence[Path], files: Files) -> list[Text]:
-    """The examples of held-out files as the model reads them."""
-    from dapji.errors import FormatError
-    from dapji.evaluation.divergence import Text
-    from dapji.files import default_context
-    from dapji.training.data.encoding import Encoder
-    from dapji.training.data.reading import Reader, refusal
-
-    if not paths:
-        return []
-    encoder = Encoder(files.tokenizer(), max_length=default_context(files.config))
-    entries = [entry for path in paths for entry in Reader(path, encoder)]
-    if wrong := [entry for entry in entries if entry.error is not None]:
-        raise refusal(wrong, len(entries))
-    samples = [(entry, sample) for entry in entries for sample in entry.samples]
-    for entry, sample in samples:
-        if len(sample.sequences) > 1 or sample.good is not None:
-            raise FormatError(
-                f"{entry.where}: a preference has no one answer to be compared on",
-                hint="--evaluate takes conversations, prompts with completions, and texts",
-            )
-    if not samples:
-        raise FormatError(f"{paths[0]}: there is no example")
-    return [Text(ids=each.ids, judged=each.learned) for _, sample in samples for each in sample.sequences]
-
-
-def _print(measured: Divergence) -> None:
-    click.echo(
-        f"held out, {measured.tokens} tokens: loss of the base {measured.base_loss:.4f}, with the adapter "
-        f"{measured.adapter_loss:.4f}, of the result {measured.loss:.4f}"
-    )
-    click.echo(
-        f"divergence from base and adapter: {measured.kl:.2g} +/- {measured.kl_error:.1g}, the same likeliest token in "
-        f"{measured.same_top:.1%} of places"
-    )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dapji.cli.conversion import evaluate_options
 from dapji.errors import UsageError
 
 if TYPE_CHECKING:
     from dapji.files import Files
+    from dapji.models.executor import ExecutorKind
 
 
 @click.command()
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--allow-requantize", is_flag=True, help="Quantise weights that are quantised already.")
 @click.option("--errors", is_flag=True, help="Measure and print the error of every tensor.")
 @click.option("--base", metavar="MODEL", help="What SOURCE was trained from: tell how much of the change survives.")
+@evaluate_options
 @click.option("--threads", type=click.IntRange(1), help="[default: all processors]")
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object.")
 def command(
@@ -32,6 +36,8 @@ def command(
     allow_requantize: bool,
     errors: bool,
     base: str | None,
+    evaluate: tuple[Path, ...],
+    executor: ExecutorKind | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -66,6 +72,9 @@ def command(
     """
     from dapji.cli.conversion import (
         check_target,
+        held_out,
+        measure,
+        print_divergence,
         print_summary,
         print_survival,
         record,
@@ -85,38 +94,40 @@ def command(
 
     check_target(out, force=force)
     type_ = type_name(type_)
-    tuned = None if base is None else open_files(source)
-    before = None if tuned is None or base is None else _base_of(tuned, base)
+    checkpoint = open_checkpoint(store.resolve(source))
+    files = open_files(source) if base is not None or evaluate else None
+    before = None if files is None or base is None else _base_of(files, base)
+    texts = [] if files is None else held_out(evaluate, files)
     made_of = parent("source", source, TerminalProgress())  # now: OUT may take its place
-    report = write(
-        open_checkpoint(store.resolve(source)) if tuned is None else tuned.checkpoint,
-        type_,
-        out,
-        allow_requantize=allow_requantize,
-        measure=errors,
-        threads=threads,
-    )
-    changes = None
-    if tuned is not None and before is not None:
-        every = survival(before.tensors, tuned.tensors, open_files(out).tensors)
-        changes = {name: change for name, change in every.items() if change.wanted}
+    report = write(checkpoint, type_, out, allow_requantize=allow_requantize, measure=errors, threads=threads)
+    changes = measured = None
+    if files is not None:
+        result = open_files(out)
+        measured = measure(files, None, result, texts, executor=executor, threads=threads)
+        if before is not None:
+            every = survival(before.tensors, files.tensors, result.tensors)
+            changes = {name: change for name, change in every.items() if change.wanted}
+    outcome = {} if changes is None else {"survival": survival_totals(changes)}
+    told = {} if measured is None else {"evaluation": asdict(measured)}
     record(
         out,
         Lineage(
             kind="convert" if type_ in FLOATS else "quantize",
             parents=(made_of,),
             settings={"type": type_},
-            outcome={} if changes is None else {"survival": survival_totals(changes)},
+            outcome={**outcome, **told},
             versions=versions(),
         ),
     )
     if as_json:
-        told = {} if changes is None else {"survival": survival_summary(changes)}
-        click.echo(json.dumps(summary(report, out) | told, indent=2))
+        survived = {} if changes is None else {"survival": survival_summary(changes)}
+        click.echo(json.dumps(summary(report, out) | survived | told, indent=2))
         return
     print_summary(report, out)
     if changes is not None:
         print_survival(changes)
+    if measured is not None:
+        print_divergence(measured)
 
 
 def _base_of(tuned: Files, name: str) -> Files:

@@ -1,4 +1,4 @@
-"""How far a model's next-token distributions are from those of a base with an adapter, on texts.
+"""How far a model's next-token distributions are from those of what it was made from, on texts.
 
 As llama.cpp's `llama-perplexity --kl-divergence` compares a quantised model with its original, here of those tokens
 that training would learn. Both models compute side by side, so that no distributions are stored. Takes token ids;
@@ -39,14 +39,14 @@ class Divergence:
     """Means over all judged tokens; natural logarithms."""
 
     tokens: int
-    base_loss: float
-    """-ln p of the tokens that are there, by the base alone."""
-    adapter_loss: float
-    """By the base with the adapter."""
+    base_loss: float | None
+    """-ln p of the tokens that are there, by the source without its adapter; None where it has none."""
+    source_loss: float
+    """By the source, with its adapter."""
     loss: float
     """By the model."""
     kl: float
-    """KL(base with adapter || model), over the whole vocabulary."""
+    """KL(source || model), over the whole vocabulary."""
     kl_error: float
     """Standard error of that mean."""
     same_top: float
@@ -54,8 +54,8 @@ class Divergence:
 
 
 def divergence(
-    base: Files,
-    adapter: Adapter,
+    source: Files,
+    adapter: Adapter | None,
     model: Files,
     texts: Sequence[Text],
     *,
@@ -63,28 +63,28 @@ def divergence(
     threads: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Divergence:
-    """Both as they run: on the executor (by default native where it was built, which rounds activations that are
-    multiplied by quantised weights), with a cache of float32. progress: called after each text.
+    """Of a model from its source, which has an adapter beside it or none. Both as they run: on the executor (by default
+    native where it was built, which rounds activations that are multiplied by quantised weights), with a cache of
+    float32. progress: called after each text.
 
     Raises FormatError where a model gives no numbers, ConfigError where a text is longer than the models' context.
     """
     kind = default_kind() if executor is None else executor
     context = max(len(text.ids) for text in texts)
     rows: list[NDArray[np.float64]] = []
-    opened = []
+    opened: list[Executor] = []
     try:
-        for files, sequences in ((base, 2), (model, 1)):
+        for files, sequences in ((source, 1 if adapter is None else 2), (model, 1)):
             blocks = sequences * -(-context // KV_BLOCK)
             opened.append(
                 open_executor(
                     kind, files.config, files.tensors, context=context, n_blocks=blocks, threads=threads, kv="f32"
                 )
             )
-        reference, other = opened
-        number = reference.add_adapter(adapter)
+        adapters = [0] if adapter is None else [0, opened[0].add_adapter(adapter)]
         for text in texts:
             for start in range(0, len(text.ids) - 1, _CHUNK):
-                rows.append(_judged(text, start, reference, number, other))
+                rows.append(_judged(text, start, opened[0], opened[1], adapters))
             progress()
     finally:
         for each in opened:
@@ -92,11 +92,11 @@ def divergence(
     values = np.concatenate(rows)
     if np.isnan(values).any():
         raise FormatError("the model's logits are not numbers", hint="its weights are probably damaged")
-    base_loss, adapter_loss, loss, kl, same_top = values.mean(axis=0).tolist()
+    base_loss, source_loss, loss, kl, same_top = values.mean(axis=0).tolist()
     return Divergence(
         tokens=len(values),
-        base_loss=base_loss,
-        adapter_loss=adapter_loss,
+        base_loss=None if adapter is None else base_loss,
+        source_loss=source_loss,
         loss=loss,
         kl=kl,
         kl_error=float(values[:, 3].std()) / math.sqrt(len(values)),
@@ -104,22 +104,22 @@ def divergence(
     )
 
 
-def _judged(text: Text, start: int, reference: Executor, number: int, other: Executor) -> NDArray[np.float64]:
+def _judged(text: Text, start: int, source: Executor, model: Executor, adapters: Sequence[int]) -> NDArray[np.float64]:
     """[R, 5] of the judged tokens that follow those from `start` on: the three losses, KL, whether the top is the same.
-    What is before `start` is in the caches."""
+    What is before `start` is in the caches. adapters: of the source, none (0) first."""
     end = min(start + _CHUNK, len(text.ids) - 1)
     places = start + np.flatnonzero(text.judged[start + 1 : end + 1])
     labels = text.ids[places + 1]
-    plain, adapted = np.split(reference.step(_batch(text, start, end, places, [0, number])), 2)
-    p = _log_softmax(adapted)  # before the next step, as the executor's logits are valid no longer
+    logits = source.step(_batch(text, start, end, places, adapters))  # of the same rows, without and with the adapter
+    p = _log_softmax(logits[len(logits) - len(labels) :])
     taken = np.arange(len(labels)), labels
-    losses = [-_log_softmax(plain)[taken], -p[taken]]
-    q = _log_softmax(other.step(_batch(text, start, end, places, [0])))
+    losses = [-_log_softmax(logits[: len(labels)])[taken], -p[taken]]
+    q = _log_softmax(model.step(_batch(text, start, end, places, [0])))
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     return np.stack([*losses, -q[taken], kl, p.argmax(axis=1) == q.argmax(axis=1)], axis=1)
 
 
-def _batch(text: Text, start: int, end: int, places: NDArray[np.intp], adapters: list[int]) -> Batch:
+def _batch(text: Text, start: int, end: int, places: NDArray[np.intp], adapters: Sequence[int]) -> Batch:
     """The tokens from `start` to `end`, once for each of `adapters`."""
     n, n_sequences = end - start, len(adapters)
     n_blocks = -(-len(text.ids) // KV_BLOCK)
