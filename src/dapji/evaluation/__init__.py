@@ -1,1 +1,1 @@
-"""What a model is worth and how fast it is: perplexity, speed. Drives executors and engines; prints nothing."""
+"""What a model is worth (exams, tasks, perplexity) and how fast it is. Drives executors and engines; prints nothing."""
