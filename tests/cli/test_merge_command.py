@@ -152,6 +152,7 @@ def test_an_adapter_goes_to_gguf_and_back(dapji: Dapji, endless: Path, backwards
     assert (nameless.code, nameless.out) == (1, "")
     assert "hint: name it with --base" in nameless.err
     assert dapji("export", backwards, out, "--base", endless).out == f"{out}\n"
+    assert dapji("verify", out).code == 0  # it knows its base from its lineage
     assert read_gguf(out).metadata["general.type"] == "adapter"
     assert dapji("run", endless, "--adapter", out, *RUN, stdin="x\n\n").out == "하나 셋 둘 하나 \n"
     assert dapji("export", out, back, "--base", endless).code == 0

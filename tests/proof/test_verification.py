@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -180,6 +183,38 @@ def test_one_bit_of_the_record_is_enough(model: Path) -> None:
         with pytest.raises(FormatError):
             read_parts(model)
     assert failed(model) == {"record: dapji.json"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("files",), {"../../secret": "0"}, "matching regex"),
+        (("files",), {"/etc/passwd": "0"}, "matching regex"),
+        (("passages", 0, "tokens"), [1], "not of the same places"),
+        (("passages", 0, "tokens", 0), -1, ">= 0"),
+        (("behaviour", "date"), "someday", "RFC3339"),
+        (("behaviour", "more"), 1, "unknown field `more`"),
+    ],
+)
+def test_a_hostile_certificate_is_refused(model: Path, path: tuple[Any, ...], value: object, message: str) -> None:
+    """Its digest is right."""
+    certificate = part = json.loads(record_path(model).read_bytes())["certificate"]
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    write_parts(model, certificate=certificate)
+    with pytest.raises(FormatError, match=message):
+        read_certificate(model)
+
+
+def test_tokens_that_a_model_has_not_are_told(model: Path) -> None:
+    certificate = read_certificate(model)
+    assert certificate is not None
+    first = certificate.passages[0]
+    beyond = msgspec.structs.replace(first, likeliest=((300, *first.likeliest[0][1:]), *first.likeliest[1:]))
+    changed = msgspec.structs.replace(certificate, passages=(beyond, *certificate.passages[1:]))
+    write_parts(model, certificate=changed)
+    assert failed(model, executor="reference") == {"numbers: conversation on reference"}
 
 
 def test_what_lineage_names_is_checked_where_it_is_at_hand(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -27,9 +27,11 @@ def command(adapter: Path, out: Path, base: str | None, force: bool) -> None:
 
     Exit codes: 0 written, 1 not written, 2 wrong usage, 130 interrupted.
     """
-    from dapji.cli.conversion import check_target
+    from dapji.cli.conversion import check_target, record
+    from dapji.cli.pull import TerminalProgress
     from dapji.errors import UsageError
     from dapji.files import open_files
+    from dapji.proof.lineage import Lineage, parent, versions
     from dapji.weights.adapter_file import base_of, write_adapter, write_gguf_adapter
     from dapji.weights.files import new_folder
 
@@ -39,9 +41,12 @@ def command(adapter: Path, out: Path, base: str | None, force: bool) -> None:
         raise UsageError(f"{adapter} does not say which model it is for", hint="name it with --base")
     files = open_files(name)
     opened = files.adapter(adapter)
+    bars = TerminalProgress()
+    made_of = parent("source", str(adapter), bars), parent("base", name, bars)  # now: OUT may take the first's place
     if out.suffix == ".gguf":
         write_gguf_adapter(out, files.config, opened, name=adapter.resolve().stem)
     else:
         with new_folder(out) as folder:
             write_adapter(folder, files.config, opened, base=name)
+    record(out, Lineage(kind="convert", parents=made_of, versions=versions()))
     click.echo(out)

@@ -28,7 +28,7 @@ TEXTS = {
     "white space": "  two  spaces,\ttab,\r\nline ends\n\n\n   and an end \n ",
     "what looks like control tokens": "<|im_start|>system\n<|endoftext|></s>[INST] <start_of_turn><|eot_id|> <think>",
 }
-_DATE = "2025-01-31"
+_DATE = datetime.date(2025, 1, 31)
 _N_SPELLINGS = 8
 """Control tokens of the model's own that a text spells."""
 
@@ -95,8 +95,8 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Fields of `Sampling`, as the model's makers recommend them."""
     templates: dict[str, str]
     """Name of a chat template -> sha256 of its source."""
-    date: str
-    """YYYY-MM-DD: what templates that write the date took for today."""
+    date: datetime.date
+    """What templates that write the date took for today."""
     conversations: tuple[Rendered, ...]
 
 
@@ -149,10 +149,10 @@ def _templates(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in tokenizer.chat_templates.items()}
 
 
-def _template(tokenizer: Tokenizer, date: str) -> ChatTemplate:
+def _template(tokenizer: Tokenizer, date: datetime.date) -> ChatTemplate:
     from dapji.chat import ChatTemplate  # takes its time, which loading a model can do without
 
-    midnight = datetime.datetime.fromisoformat(date)
+    midnight = datetime.datetime.combine(date, datetime.time())
     return ChatTemplate.of(tokenizer, now=lambda: midnight)
 
 

@@ -18,13 +18,12 @@ from dapji.models.adapter import Adapter
 from dapji.models.executor import ExecutorKind
 from dapji.ops.reference import Activations
 from dapji.proof.behaviour import Behaviour, behaviour_of, quick_differences
-from dapji.proof.lineage import Lineage, file_hashes, read_lineage, versions
+from dapji.proof.lineage import FileName, Lineage, file_hashes, read_lineage, versions
 from dapji.proof.record import read_part, write_parts
 from dapji.proof.replay import ANSWER, NOISE, Passage, Runner, Tolerance, makers
 from dapji.tokenizer import Tokenizer
 from dapji.weights import store
-from dapji.weights.adapter_file import CONFIG_NAME, is_adapter
-from dapji.weights.checkpoint import read_json
+from dapji.weights.adapter_file import base_of, is_adapter
 from dapji.weights.sources_base import Progress, Silent
 
 _MARGIN = 2.0
@@ -48,7 +47,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    files: dict[str, str]
+    files: dict[FileName, str]
     """Name -> sha256: all that make the model, or the adapter; its base's are in its lineage."""
     behaviour: Behaviour
     passages: tuple[Passage, ...]
@@ -86,18 +85,12 @@ def open_subject(path: Path, base: str | None, lineage: Lineage | None) -> Subje
             raise UsageError(f"{path} is a model, not an adapter: it has no base to be computed on")
         files = open_files(path)
         return Subject(path=path, files=files, adapter=None, tokenizer=files.tokenizer())
-    named = base or _base_of(path, lineage)
+    bases = [] if lineage is None else [each.model for each in lineage.parents if each.role == "base"]
+    named = base or next(iter(bases), None) or base_of(path)
     if named is None:
         raise UsageError(f"{path} does not say what it is an adapter of", hint="--base MODEL")
     files = open_files(named)
     return Subject(path=path, files=files, adapter=files.adapter(path), tokenizer=files.tokenizer())
-
-
-def _base_of(path: Path, lineage: Lineage | None) -> str | None:
-    if lineage is not None:
-        return next((each.model for each in lineage.parents if each.role == "base"), None)
-    name = read_json(path / CONFIG_NAME).get("base_model_name_or_path") if path.is_dir() else None
-    return name if isinstance(name, str) and name else None
 
 
 def certify(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -25,6 +25,8 @@ Kind: TypeAlias = Literal["new", "tune", "merge", "quantize", "convert", "distil
 """How it was made; `distill`: a file of examples, by a teacher."""
 Role: TypeAlias = Literal["base", "adapter", "teacher", "tokenizer", "source"]
 """What a parent was to it; `tokenizer`: only its vocabulary was taken; `source`: the same model in other formats."""
+FileName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[^/\\.][^/\\]*(/[^/\\.][^/\\]*)?$")]
+"""Of a file in a model's folder, or in a folder there; it leads nowhere else."""
 Use: TypeAlias = Literal["train", "evaluate", "reward", "prompts"]
 
 
@@ -43,7 +45,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     role: Role
     model: str
     """Its name or path, as it was given."""
-    files: dict[str, str]
+    files: dict[FileName, str]
     """Name in its folder -> sha256; all that make the model."""
     licence: str | None = None
     """None: its files do not say."""

@@ -20,6 +20,9 @@ from dapji.weights.files import replacing
 
 NAME = "dapji.json"
 
+_LARGEST = 64 << 20
+"""Bytes; what is written has some ten thousand."""
+
 _NUMBERS = re.compile(r"\[\n[-+0-9.eE,\s]+\]")
 """A list of numbers, a line for each: they are many. In a text no line ends as it is."""
 
@@ -55,12 +58,12 @@ def read_part(path: Path, part: Part, kind: type[T]) -> T | None:
     value = getattr(record, part)
     if value is None:
         return None
-    if record.sha256.get(part) != (digest := _digest(value)):
-        raise FormatError(
-            f"{file}: its {part} was changed: the sha256 is {digest}, the file says {record.sha256.get(part)}",
-            hint="take the file from where the model came from",
-        )
     try:
+        if record.sha256.get(part) != (digest := _digest(value)):
+            raise FormatError(
+                f"{file}: its {part} was changed: the sha256 is {digest}, the file says {record.sha256.get(part)}",
+                hint="take the file from where the model came from",
+            )
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise FormatError(f"{file}: {part}: {error}", hint="another version of Dapji may have written it") from error
@@ -84,9 +87,12 @@ def write_parts(path: Path, **parts: msgspec.Struct | None) -> None:
 
 def _read(file: Path) -> _Record:
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            data = opened.read(_LARGEST + 1)
     except FileNotFoundError:
         return _Record()
+    if len(data) > _LARGEST:
+        raise FormatError(f"{file} has more than {_LARGEST} bytes")
     try:
         return msgspec.convert(json.loads(data), _Record)
     except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from dapji.errors import FormatError
+from dapji.errors import FormatError, RequestError
 from dapji.files import Files
 from dapji.models.adapter import Adapter
 from dapji.models.executor import Executor, ExecutorKind, open_executor
@@ -36,18 +37,24 @@ _DIGITS = 6
 """Of logarithms, after the point: what is lost is below NOISE."""
 
 Floats = NDArray[np.float64]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class Passage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
-    tokens: tuple[int, ...]
+    tokens: tuple[Id, ...]
     """[n]; the last of them may be an answer of the model's, each the likeliest after those before."""
     adapter: bool
     """Whether with the adapter that is certified."""
-    likeliest: tuple[tuple[int, ...], ...]
+    likeliest: tuple[tuple[Id, ...], ...]
     """[n, K] of what follows each token, the likeliest first."""
     log_probs: tuple[tuple[float, ...], ...]
     """[n, K] natural logarithms."""
+
+    def __post_init__(self) -> None:
+        widths = {len(each) for each in (*self.likeliest, *self.log_probs)}
+        if len(widths) != 1 or not len(self.tokens) == len(self.likeliest) == len(self.log_probs):
+            raise ValueError("tokens, likeliest and log_probs are not of the same places")
 
 
 class Tolerance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,9 +127,11 @@ class Runner:
     def divergence(self, passage: Passage) -> tuple[float, int]:
         """From what the passage has: mean KL over its places, and in how many the likeliest token is another.
 
-        NaN where the model gives no numbers."""
-        places = self.log_probs(passage.tokens, adapter=passage.adapter)
+        NaN where the model gives no numbers. Raises RequestError where it has not all of these tokens."""
         ids = np.array(passage.likeliest)
+        places = self.log_probs(passage.tokens, adapter=passage.adapter)
+        if ids.max() >= places.shape[-1]:
+            raise RequestError(f"token id {ids.max()} is beyond the vocabulary of {places.shape[-1]}")
         before, now = np.array(passage.log_probs), np.take_along_axis(places, ids, axis=-1)
         others = int((places.argmax(axis=-1) != ids[:, 0]).sum())
         p, q = _with_rest(np.exp(before)), _with_rest(np.exp(now))

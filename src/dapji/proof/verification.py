@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapji.errors import DapjiError, FormatError, UsageError
+from dapji.errors import DapjiError, FormatError, RequestError, UsageError
 from dapji.models.executor import ExecutorKind, default_kind
 from dapji.proof.behaviour import differences
 from dapji.proof.certificate import Certificate, Subject, open_subject, read_certificate
@@ -130,7 +130,11 @@ def _numbers(certificate: Certificate, subject: Subject, kind: ExecutorKind, pro
         Runner(kind, subject.files, subject.adapter, context=context) as runner,
     ):
         for passage in certificate.passages:
-            divergence, others = runner.divergence(passage)
+            try:
+                divergence, others = runner.divergence(passage)
+            except RequestError as error:  # another base, with another vocabulary
+                yield Check(part="numbers", name=f"{passage.name} on {kind}", passed=False, detail=error.message)
+                continue
             advance(nbytes)
             detail = f"divergence {divergence:.2g} nats"
             if tolerance is None:
