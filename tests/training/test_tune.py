@@ -145,7 +145,14 @@ def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
     recipe = read_recipe(path)
     with pytest.raises(ModelNotFound):  # which leaves nothing that is in the way
         tune(read_recipe(path, changes={"model": "no-such-model"}))
-    assert not tune(recipe, report=interrupt_at(1))
+    interrupt = interrupt_at(1)
+
+    def second(metrics: Mapping[str, Any]) -> None:
+        with pytest.raises(UsageError, match="another process"):
+            tune(recipe, resume=True)
+        interrupt(metrics)
+
+    assert not tune(recipe, report=second)
     with pytest.raises(UsageError, match="has not ended"):
         tune(recipe)
     with pytest.raises(UsageError, match="another recipe"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from dapji.training.sharding import is_first, process_group, shard, together
 from dapji.training.supervised import bytes_of_tokens
 from dapji.training.trainer import Report, Trainer, make_optimizer
 from dapji.weights.sources_base import Progress as Bars
+from dapji.weights.store_lock import try_lock
 
 CHECKPOINTS = "checkpoints"
 
@@ -72,19 +74,37 @@ def tune(
     """
     with process_group(recipe.run.device) as device:
         folder = Path(recipe.output)
-        if is_first():
-            _claim(folder, recipe, resume)
+        lock = _claim(folder, recipe, resume) if is_first() else None
         together()
-        files = open_files(recipe.model)
-        return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report, bars)
+        try:
+            files = open_files(recipe.model)
+            return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report, bars)
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
-def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
+def _claim(folder: Path, recipe: Recipe, resume: bool) -> int:
+    """The descriptor of the folder's recipe, which is locked until that is closed: nobody else may run it."""
     if record_path(folder).exists():
         raise UsageError(f"{folder}: a finished run", hint="give another output, or remove it")
     path = folder / RECIPE
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder}: not an empty folder", hint="give a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(path)
+    if lock is None:
+        raise UsageError(f"{folder}: another process runs it now", hint="wait for it, or give another output")
+    try:
+        _begin(folder, recipe, resume)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _begin(folder: Path, recipe: Recipe, resume: bool) -> None:
+    path = folder / RECIPE
     if whole_ones(folder / CHECKPOINTS):
         if not resume:
             raise UsageError(f"{folder}: a run that has not ended", hint="--resume goes on with it; or remove it")
@@ -94,7 +114,6 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
         # a run that never began to learn, if any; one that goes on keeps what it has read and computed
         for name in (DATA, ROLLOUTS):
             shutil.rmtree(folder / name, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(write_recipe(recipe), encoding="utf-8")
 
 
