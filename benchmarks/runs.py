@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ class Plot:
     """What the metrics of a step call it."""
     held_out: str
     """And those of an evaluation."""
+    first: int = 0
+    """The first step whose evaluation says something."""
 
 
 PLOTS = {
     "support-faq": Plot(title="Support FAQ", y="loss", step="loss", held_out="evaluation_loss"),
     "alpaca": Plot(title="Alpaca's recipe", y="loss", step="loss", held_out="evaluation_loss"),
-    "preference": Plot(title="DPO", y="reward accuracy", step="accuracy", held_out="evaluation_accuracy"),
+    # before the first step all rewards are 0, and no pair is the right way round
+    "preference": Plot(title="DPO", y="reward accuracy", step="accuracy", held_out="evaluation_accuracy", first=1),
     "arithmetic": Plot(title="GRPO on sums", y="reward", step="reward", held_out="evaluation_reward"),
 }
 
@@ -53,7 +56,7 @@ def collected(folder: Path, plot: Plot) -> dict[str, Any]:
         if "loss" in line:
             steps.append(round(line[plot.step], 4))
             seconds, tokens = seconds + line["seconds"], tokens + line["trained_tokens"]
-        else:
+        elif plot.held_out in line and line["step"] >= plot.first:
             held_out.append([line["step"], round(line[plot.held_out], 4)])
     found = {"steps": steps, "held_out": held_out, "seconds": round(seconds), "trained_tokens": tokens}
     for name, path in (("exam", folder.with_suffix(".json")), ("compared", folder.with_name("compared.json"))):
@@ -82,40 +85,39 @@ def draw_run(path: Path, plot: Plot, runs: dict[str, Any]) -> None:
         axes.legend()
 
 
-def tables(results: dict[str, Any]) -> Iterable[str]:
-    if runs := results.get("support-faq"):
-        header = ("seed", "before", "after", "95 %", "English", "Korean")
-        yield "Of 100 held-out wordings of the FAQ's questions so many answers hold the fact:\n\n" + table(
-            header,
-            [
-                (
-                    seed,
-                    share(found["exam"]["before"]["value"]),
-                    share(found["exam"]["score"]["value"]),
-                    interval(found["exam"]["score"]),
-                    *(share(found["exam"]["groups"]["language"][each]["score"]["value"]) for each in ("en", "ko")),
-                )
-                for seed, found in runs.items()
-            ],
-        )
+def tables(results: dict[str, Any]) -> Iterator[str]:
     header = ("run", "held out", "before", "after", "learned tokens", "minutes")
     rows = []
     for name, plot in PLOTS.items():
         for seed, found in results.get(name, {}).items():
             first, last = (f"{found['held_out'][i][1]:.3f}" for i in (0, -1))
-            run_name = name if seed == "tuned" else f"{name}, seed {seed}"
-            rows.append(
-                (run_name, plot.y, first, last, f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60))
-            )
+            before = "" if plot.first else first
+            title = name if seed == "tuned" else f"{name}, seed {seed}"
+            rows.append((title, plot.y, before, last, f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60)))
     yield table(header, rows)
-
-
-def share(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    exams = [
+        (f"{name}, seed {seed}", exam["before"], exam["score"], exam["difference"])
+        for name, runs in results.items()
+        for seed, found in runs.items()
+        if (exam := found.get("exam"))
+    ]
+    for found in results.get("preference", {}).values():
+        if compared := found.get("compared"):
+            both = compared["likelihood"]
+            exams.append(("preference, likelier", both["before"], both["after"], compared["difference"]))
+            yield f"Training has raised the chosen answer by more in {interval(compared['reward'])} of the pairs."
+    if exams:
+        header = ("held out", "rows", "right before", "right after", "difference", "p")
+        rows = [
+            (name, after["n"], interval(before), interval(after), interval(change), f"{change['p']:.1g}")
+            for name, before, after, change in exams
+        ]
+        yield "What the tuned models answer on the quantised base, with 95 % intervals:\n\n" + table(header, rows)
 
 
 def interval(score: dict[str, float]) -> str:
-    return f"{100 * score['low']:.0f} to {100 * score['high']:.0f} %"
+    value, low, high = (f"{100 * score[key]:.0f}" for key in ("value", "low", "high"))
+    return f"{value} % ({low} to {high})"
 
 
 def main() -> None:
