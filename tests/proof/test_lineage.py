@@ -12,6 +12,7 @@ import tiny_training as tiny
 from dapji.errors import FormatError, UsageError
 from dapji.proof.lineage import Lineage, ancestors, data_file, parent, read_lineage, write_lineage
 from dapji.proof.record import record_path
+from dapji.proof.verification import verify
 from dapji.training.settings import read_recipe
 from dapji.training.tune import tune
 
@@ -46,6 +47,12 @@ def test_a_chain_of_runs(tmp_path: Path) -> None:
     assert base.lineage.data[0].licence == "cc-by-4.0"
     assert base.lineage.data[0].sha256 == sha256(train)
     assert base.lineage.parents[0].files == {"tiny.gguf": sha256(tmp_path / "tiny.gguf")}
+    for run in ("one", "two"):
+        assert {check.passed for check in verify(tmp_path / run)} == {True}
+    with train.open("a") as file:
+        file.write("\n")
+    changed = [check.name for check in verify(tmp_path / "two") if check.passed is False]
+    assert changed == [f"train: {train}"]
     adapter = parent("adapter", str(tmp_path / "two"))
     assert sorted(adapter.files) == ["adapter_config.json", "adapter_model.safetensors"]
     assert adapter.lineage == lineage

@@ -20,9 +20,10 @@ import dapji
 from dapji.errors import CertificateError, FormatError, UsageError
 from dapji.models.executor import ExecutorKind
 from dapji.ops import native
+from dapji.proof import replay
 from dapji.proof.behaviour import behaviour_of
 from dapji.proof.certificate import certify, read_certificate
-from dapji.proof.lineage import Lineage, read_lineage, write_lineage
+from dapji.proof.lineage import Lineage, parent, read_lineage, write_lineage
 from dapji.proof.record import record_path, write_parts
 from dapji.proof.verification import verify
 from dapji.weights import store
@@ -245,7 +246,7 @@ def test_fewer_bits_are_compared_with_their_source(made: tuple[Path, Path], tmp_
     """As transformers has it with the same weights."""
     out, whole = tmp_path / "q4.gguf", tmp_path / "whole"
     write_quantized(open_checkpoint(made[0]), out, "Q4_0")
-    certificate = certify(out, source=str(made[0]))
+    certificate = certify(out, lineage=Lineage(kind="quantize", parents=(parent("source", str(made[0])),)))
     write_folder(open_checkpoint(out), whole, "F32")
     before, after = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (made[0], whole))
     total, places = 0.0, 0
@@ -276,6 +277,47 @@ def test_the_day_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     files = dapji.files.open_files(path)
     text = behaviour_of(files, files.tokenizer()).conversations[0].text
     assert text == "31 Jan 2025 Why is the sky blue?\n"
+
+
+@needs_native
+def test_the_reference_stands_in_for_the_native_executor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was not built: with activations rounded as there, so that the tolerance holds where it was."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        certificate = certify(model)
+    there = certify(model).tolerances["native"].measured
+    # 1e-9 of sums in another order; the weights are float32 on both
+    assert certificate.tolerances["native"].measured == pytest.approx(there, rel=0.05, abs=1e-8)
+    write_parts(model, certificate=certificate)
+    assert failed(model, executor="native") == set()
+
+
+@needs_native
+def test_what_is_too_large_for_the_reference_is_computed_by_the_native_executor(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "LARGEST", 0)
+    write_parts(model, certificate=certify(model))
+    certificate = read_certificate(model)
+    assert certificate is not None
+    assert (certificate.executor, [*certificate.tolerances]) == ("native", ["native"])
+    assert {check.passed for check in verify(model, executor="native")} == {True}
+    numbers = [check for check in verify(model, executor="reference") if check.part == "numbers"]
+    assert {check.passed for check in numbers} == {None}
+    assert "no tolerance was measured for reference" in numbers[0].detail
+
+
+def test_a_base_that_is_not_here_is_asked_for(adapter: Path, made: tuple[Path, Path]) -> None:
+    lineage = read_lineage(adapter)
+    assert lineage is not None
+    (base,) = lineage.parents
+    moved = msgspec.structs.replace(lineage, parents=(msgspec.structs.replace(base, model="./gone"),))
+    write_parts(adapter, lineage=moved)
+    last = list(verify(adapter))[-1]
+    assert (last.name, last.passed) == ("the model can be opened", False)
+    assert "its base ./gone is not here" in last.detail
+    assert "--base" in last.detail
+    assert failed(adapter, base=str(made[0])) == set()
 
 
 @pytest.mark.slow

@@ -96,20 +96,17 @@ def write(
 def record(out: Path, lineage: Lineage) -> None:
     """Lineage and certificate beside or in what was written just now; the record of a file that it replaced goes.
 
-    What cannot be run has no certificate, which is said. One of fewer bits is compared with its source.
+    What cannot be run has no certificate, which is said.
     """
     from dapji.cli.pull import TerminalProgress
     from dapji.errors import DapjiError
     from dapji.proof.certificate import write_proof
     from dapji.proof.lineage import write_lineage
     from dapji.proof.record import record_path
-    from dapji.weights import store
 
     record_path(out).unlink(missing_ok=True)
-    sources = [each.model for each in lineage.parents if each.role == "source"] if lineage.kind == "quantize" else []
-    source = next((each for each in sources if not store.resolve(each).samefile(out)), None)
     try:
-        write_proof(out, lineage, source=source, progress=TerminalProgress())
+        write_proof(out, lineage, TerminalProgress())
     except DapjiError as error:
         click.echo(f"{out} gets no certificate: {error.message}", err=True)
         write_lineage(out, lineage)

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from dapji.errors import CertificateError, UsageError
+from dapji.errors import CertificateError, ModelNotFound, UsageError
 from dapji.files import Files, open_files
 from dapji.models.adapter import Adapter
 from dapji.models.executor import ExecutorKind
@@ -89,7 +90,10 @@ def open_subject(path: Path, base: str | None, lineage: Lineage | None) -> Subje
     named = base or next(iter(bases), None) or base_of(path)
     if named is None:
         raise UsageError(f"{path} does not say what it is an adapter of", hint="--base MODEL")
-    files = open_files(named)
+    try:
+        files = open_files(named)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"its base {named} is not here", hint="--base MODEL says where it lies") from error
     return Subject(path=path, files=files, adapter=files.adapter(path), tokenizer=files.tokenizer())
 
 
@@ -97,21 +101,21 @@ def certify(
     path: Path,
     *,
     base: str | None = None,
-    source: str | None = None,
     lineage: Lineage | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """Of a model or an adapter on disk: reads all of its files, and computes with it on every executor that is here.
 
-    base: as in `open_subject`, as which it raises. source: what the model has in fewer bits, to be compared with.
-    lineage: where it is not written yet. Write what this gives with `record.write_parts`.
+    base: as in `open_subject`, as which it raises. lineage: where it is not written yet. Where it says that the model
+    is another in fewer bits, which is at hand, the two are compared. Write what this gives with `record.write_parts`.
     """
-    subject = open_subject(path, base, lineage or read_lineage(path))
-    original = None if source is None else open_subject(store.resolve(source), None, None)
+    lineage = lineage or read_lineage(path)
+    subject = open_subject(path, base, lineage)
+    source = _source_of(lineage, progress)
     behaviour = behaviour_of(subject.files, subject.tokenizer)
     prompts = _prompts(subject, behaviour)
     (maker, activations), *others = makers(subject.files)
-    n_runs = len(prompts) * (1 + len(others) + (original is not None))
+    n_runs = len(prompts) * (1 + len(others) + (source is not None))
     nbytes = subject.files.checkpoint.nbytes
     with (progress or Silent()).bar(f"certifying {path.name}", n_runs * nbytes) as advance:
         passages = tuple(_passages(subject, prompts, maker, activations, lambda: advance(nbytes)))
@@ -119,12 +123,11 @@ def certify(
         for kind, activations in others:
             measured = [kl for kl, _ in _replayed(subject, passages, kind, activations, lambda: advance(nbytes))]
             executor = "native" if activations == "q8" else kind
-            tolerances[executor] = Tolerance(
-                measured=max(measured, default=0.0), allowed=_MARGIN * max(measured, default=0.0) + NOISE
-            )
+            largest = max(measured, default=0.0)
+            tolerances[executor] = Tolerance(measured=largest, allowed=_MARGIN * largest + NOISE)
         divergence = None
-        if original is not None and source is not None and passages:
-            divergence = _divergence(source, original, subject, passages, maker)
+        if source is not None and passages:
+            divergence = _divergence(source, subject, passages, maker)
             advance(len(passages) * nbytes)
     return Certificate(
         files=file_hashes(path, progress),
@@ -137,17 +140,20 @@ def certify(
     )
 
 
-def write_proof(
-    path: Path,
-    lineage: Lineage,
-    *,
-    base: str | None = None,
-    source: str | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Lineage and certificate of what was made just now, at once. As `certify`."""
-    certificate = certify(path, base=base, source=source, lineage=lineage, progress=progress)
-    write_parts(path, lineage=lineage, certificate=certificate)
+def write_proof(path: Path, lineage: Lineage, progress: Progress | None = None) -> None:
+    """Lineage and certificate of what was made just now, at once. Raises as `certify`."""
+    write_parts(path, lineage=lineage, certificate=certify(path, lineage=lineage, progress=progress))
+
+
+def _source_of(lineage: Lineage | None, progress: Progress | None) -> str | None:
+    """What a model has in fewer bits, where that is at hand and is still what it was."""
+    if lineage is None or lineage.kind != "quantize":
+        return None
+    for each in lineage.parents:
+        with suppress(ModelNotFound):
+            if each.role == "source" and file_hashes(store.resolve(each.model), progress) == each.files:
+                return each.model
+    return None
 
 
 def _passages(
@@ -187,13 +193,11 @@ def _replayed(
             done()
 
 
-def _divergence(
-    source: str, original: Subject, subject: Subject, passages: Sequence[Passage], kind: ExecutorKind
-) -> Divergence:
+def _divergence(source: str, subject: Subject, passages: Sequence[Passage], kind: ExecutorKind) -> Divergence:
     """Means over all places of the passages."""
     texts = [passage.tokens for passage in passages]
     context = max(map(len, texts))
-    with Runner(kind, original.files, None, context=context) as runner:
+    with Runner(kind, open_files(source), None, context=context) as runner:
         before = [runner.log_probs(tokens, adapter=False).astype(np.float32) for tokens in texts]  # [n, V] each
     kl, same, places = 0.0, 0, sum(map(len, texts))
     with Runner(kind, subject.files, None, context=context) as runner:

@@ -51,7 +51,8 @@ def verify(
     try:
         subject = open_subject(path, base, lineage)
     except DapjiError as error:
-        yield Check(part="behaviour", name="the model can be opened", passed=False, detail=error.message)
+        detail = error.message if error.hint is None else f"{error.message} ({error.hint})"
+        yield Check(part="behaviour", name="the model can be opened", passed=False, detail=detail)
         return
     for name, found in differences(certificate.behaviour, subject.files, subject.tokenizer):
         yield Check(part="behaviour", name=name, passed=found is None, detail=found or "")

@@ -76,7 +76,7 @@ def write(
             },
             versions=versions("torch"),
         ),
-        progress=bars,
+        bars,
     )
 
 
