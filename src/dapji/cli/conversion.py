@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+LITTLE = 0.9
+"""Of a change: where less survives, a warning says so."""
+
 
 def evaluate_options(command: F) -> F:
     """--evaluate --executor."""
@@ -170,7 +173,7 @@ def survival_summary(changes: Mapping[str, Survival]) -> dict[str, Any]:
 
 
 def print_survival(changes: Mapping[str, Survival]) -> None:
-    """Two lines for people; on stderr advice, where rounding is larger than the change."""
+    """A line for people; on stderr a warning with advice, where much of the change is lost."""
     from dapji.weights.merge import Survival
 
     total = Survival.total(changes.values())
@@ -185,8 +188,8 @@ def print_survival(changes: Mapping[str, Survival]) -> None:
         f"survives: {total.share:.1%} of the change, {total.bits:.1f} bits "
         f"(of {len(changes)} tensors the least: {least} {change.share:.1%}, {change.bits:.1f} bits)"
     )
-    if total.bits < 0:
-        said = f"rounding these weights is {2**-total.bits:.1f} times as large as the change"
+    if total.bits < 0 or total.share < LITTLE:
+        said = f"of the change {total.share:.0%} survive, beside a rounding {2**-total.bits:.1f} times as large as it"
         click.echo(click.style("warning: ", fg="yellow", bold=True) + said, err=True, color=wants_colour())
         advice = "use an adapter as it is (--adapter of dapji chat, run and serve), or write F16, which rounds least"
         click.echo(click.style("hint: ", fg="cyan", bold=True) + advice, err=True, color=wants_colour())
