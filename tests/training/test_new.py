@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from dapji.training.teacher import check_alike
 from dapji.training.tune import tune
 from dapji.weights.checkpoint import open_checkpoint
 from dapji.weights.convert import write_quantized
+from llama_cpp import LlamaCpp
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "benchmarks" / "data" / "shakespeare.txt"
@@ -97,13 +99,22 @@ def test_transformers_reads_it_alike(folder: Path) -> None:
     assert [ours.decode([i], skip_control=False) for i in rendered[:2]] == ["<|begin_of_text|>", "<|im_start|>"]
 
 
-def test_a_gguf_file_of_it_has_the_same_tokens(folder: Path, tmp_path: Path) -> None:
-    write_quantized(open_checkpoint(folder), tmp_path / "start.gguf", "Q8_0")
-    ours, again = open_files(folder), open_files(tmp_path / "start.gguf")
-    text = TEXT.read_text(encoding="utf-8")[:2000]
-    assert again.tokenizer().encode(text) == ours.tokenizer().encode(text)
-    assert (again.tokenizer().add_bos, again.tokenizer().stop_ids) == (True, ours.tokenizer().stop_ids)
+def test_llama_cpp_reads_it_alike(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "start.gguf"
+    write_quantized(open_checkpoint(folder), path, "F32")
+    ours, again = open_files(folder), open_files(path)
     assert again.config == ours.config
+    tokenizer = again.tokenizer()
+    assert (tokenizer.add_bos, tokenizer.stop_ids) == (True, ours.tokenizer().stop_ids)
+    text = TEXT.read_text(encoding="utf-8")[:500]
+    assert tokenizer.encode(text) == ours.tokenizer().encode(text)
+    ids = tokenizer.encode(text)[:40]
+    weights = load_weights(ours.tensors, device=torch.device("cpu"), dtype=torch.float32)
+    logits = sequence_logits(ours.config, weights, torch.tensor([ids]), TorchTables(64, torch.device("cpu")))[0]
+    with closing(LlamaCpp()) as llama_cpp:
+        theirs = llama_cpp.log_probabilities(path, [ids[:n] for n in (1, 20, 40)], TOKENS)
+    expected = torch.log_softmax(logits.double(), dim=-1)[[0, 19, 39]].numpy()
+    np.testing.assert_allclose(theirs, expected, atol=1e-4)  # float32
 
 
 def test_a_tokenizer_can_be_taken_from_another_model(folder: Path, tmp_path: Path) -> None:
@@ -175,7 +186,7 @@ def test_everything_runs_it(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_run_from_scratch(tmp_path: Path) -> None:
-    """With its tiny profile: what the script says, twice, of which the second time trains nothing."""
+    """With tiny profiles: the script twice, of which the second time trains nothing; then students with a teacher."""
     shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("out"))
     program = tmp_path / "bin" / "dapji"
     program.parent.mkdir()
@@ -193,3 +204,9 @@ def test_the_run_from_scratch(tmp_path: Path) -> None:
     assert lineage is not None
     assert [each.lineage and each.lineage.kind for each in lineage.parents] == ["tune"]
     assert (out / "train.txt").read_bytes() + (out / "held-out.txt").read_bytes() == TEXT.read_bytes()
+    subprocess.run(
+        ["sh", "runs/distillation/run.sh", "--profile", "tiny"], cwd=tmp_path, env=environment, check=True, timeout=250
+    )
+    taught = read_lineage(tmp_path / "runs" / "distillation" / "out" / "taught-2")
+    assert taught is not None
+    assert [each.role for each in taught.parents] == ["base", "teacher"]

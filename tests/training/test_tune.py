@@ -197,7 +197,7 @@ def test_every_recipe_has_a_tiny_profile_that_runs(path: Path, tmp_path: Path) -
         write = tiny.write_pairs if path.parent.name == "preference" else tiny.write_examples
         changes["data.train"] = changes["data.evaluate"] = json.dumps([str(write(tmp_path / "train.jsonl"))])
     if path.parent.name == "distillation":
-        changes["method.teacher"] = changes["model"]
+        changes |= {"method.name": "distill", "method.teacher": changes["model"]}
     if path.parent.name != "arithmetic":  # whose prompts are short
         changes["data.truncate"] = "true"
     recipe = read_recipe(path, profile="tiny", changes=changes)
