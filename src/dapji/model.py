@@ -74,7 +74,7 @@ def load(
     """
     files = open_files(name_or_path)
     tokenizer = files.tokenizer()  # before the executor, which takes longer: what is wrong with it shows at once
-    _check(files.checkpoint.path, files, tokenizer)
+    _check(files.checkpoint.path, tokenizer, files)
     change = None if adapter is None else _adapter(files, tokenizer, adapter)
     kind = executor or default_kind()
     if context is None:
@@ -107,18 +107,18 @@ def load(
     return model
 
 
-def _check(path: Path, files: Files, tokenizer: Tokenizer) -> None:
-    """The quick part of a model's certificate, or of an adapter's, where it has one."""
+def _check(path: Path, tokenizer: Tokenizer, files: Files | None) -> None:
+    """The quick part of a certificate, where there is one; as `certificate.check`."""
     if has_part(path, "certificate"):
         from dapji.proof.certificate import check
 
-        check(path, files, tokenizer)
+        check(path, tokenizer, files)
 
 
 def _adapter(files: Files, tokenizer: Tokenizer, path: str | Path) -> Adapter:
     path = Path(path).expanduser()
     adapter = files.adapter(path)
-    _check(path, files, tokenizer)
+    _check(path, tokenizer, None)
     return adapter
 
 
@@ -139,7 +139,7 @@ def load_on_vllm(path: Path, address: Address) -> Model:
 
     files = open_files(path)
     tokenizer = files.tokenizer()
-    _check(files.checkpoint.path, files, tokenizer)
+    _check(files.checkpoint.path, tokenizer, files)
     engine = VllmEngine(address, end_tokens=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
     theirs, ours = engine.tokenize(_PROBE), tokenizer.encode(_PROBE)
     if theirs != ours:

@@ -238,7 +238,11 @@ def test_loading_refuses_what_can_be_told_at_once(model: Path, adapter: Path, ma
     assert refused.value.hint is not None
     assert f"dapji verify {model}" in refused.value.hint
     record_path(model).unlink()
-    with pytest.raises(CertificateError, match=f"{adapter} is not what its certificate says: template default"):
+    (model / "generation_config.json").unlink()
+    with dapji.load(model, adapter=adapter, executor="reference"):  # as on a base in another format
+        pass
+    change(model / "tokenizer.json", replaced('"e": 104', '"e": 105'))
+    with pytest.raises(CertificateError, match=f"{adapter} was made for other tokens than this model has: tokens of"):
         dapji.load(model, adapter=adapter)
 
 

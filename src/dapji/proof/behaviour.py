@@ -119,10 +119,15 @@ def behaviour_of(files: Files, tokenizer: Tokenizer) -> Behaviour:
     )
 
 
-def quick_differences(before: Behaviour, files: Files, tokenizer: Tokenizer) -> Iterator[Difference]:
-    """All but what is rendered, for which a template has to be compiled. Raises as `behaviour_of`."""
+def token_differences(before: Behaviour, tokenizer: Tokenizer) -> Iterator[Difference]:
+    """Tokens of texts alone."""
     for text in before.texts:
         yield f"tokens of {text.name}", _compared(text.ids, _ids(tokenizer, text.text))
+
+
+def quick_differences(before: Behaviour, files: Files, tokenizer: Tokenizer) -> Iterator[Difference]:
+    """All but what is rendered, for which a template has to be compiled. Raises as `behaviour_of`."""
+    yield from token_differences(before, tokenizer)
     yield "stop tokens", _compared(before.stop_ids, _stop_ids(tokenizer))
     sampling = files.sampling()
     yield "sampling", None if before.sampling == sampling else f"was {before.sampling}, is {sampling}"

@@ -18,7 +18,7 @@ from dapji.files import Files, open_files
 from dapji.models.adapter import Adapter
 from dapji.models.executor import ExecutorKind
 from dapji.ops.reference import Activations
-from dapji.proof.behaviour import Behaviour, behaviour_of, quick_differences
+from dapji.proof.behaviour import Behaviour, behaviour_of, quick_differences, token_differences
 from dapji.proof.lineage import FileName, Lineage, file_hashes, read_lineage, versions
 from dapji.proof.record import read_part, write_parts
 from dapji.proof.replay import ANSWER, NOISE, Passage, Runner, Tolerance, makers
@@ -227,18 +227,26 @@ def _prompts(subject: Subject, behaviour: Behaviour) -> list[tuple[str, bool, tu
     return prompts or [("the first token", adapted, (0,))]  # of a tokenizer that refuses all these texts
 
 
-def check(path: Path, files: Files, tokenizer: Tokenizer) -> None:
-    """What can be checked of a certificate in no time, whenever a model, or an adapter for it, is loaded: no weights.
+def check(path: Path, tokenizer: Tokenizer, files: Files | None) -> None:
+    """What can be checked of a certificate in no time, whenever a model or an adapter is loaded: no weights.
 
-    path: of the model or the adapter. files, tokenizer: of the model. Does nothing where there is no certificate.
-    Raises CertificateError where the files no longer give what it says, FormatError where it was changed itself.
+    path, tokenizer: of the model. files: of the model; None: `path` is an adapter for it. An adapter may be put on its
+    base in another format or in fewer bits, which has other files: so its base must give the same tokens, no more.
+    Does nothing where there is no certificate. Raises CertificateError where something is not what it says,
+    FormatError where it was changed itself.
     """
     certificate = read_certificate(path)
     if certificate is None:
         return
-    for name, found in quick_differences(certificate.behaviour, files, tokenizer):
+    if files is None:
+        problem = f"the adapter {path} was made for other tokens than this model has"
+        compared = token_differences(certificate.behaviour, tokenizer)
+    else:
+        problem = f"{path} is not what its certificate says"
+        compared = quick_differences(certificate.behaviour, files, tokenizer)
+    for name, found in compared:
         if found is not None:
             raise CertificateError(
-                f"{path} is not what its certificate says: {name}: {found}",
+                f"{problem}: {name}: {found}",
                 hint=f"dapji verify {path} tells all that differs; if it is meant, add --certify --force",
             )
