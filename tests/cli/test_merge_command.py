@@ -100,6 +100,8 @@ def test_what_makes_no_sense_is_refused(
     for arguments, message in (
         ((endless, "Q8_0", out), "Missing option '--adapter'"),
         ((endless, "Q8_0", out, "--adapter", f"{backwards}=half"), "'half' is no number"),
+        ((endless, "Q8_0", out, "--adapter", f"{backwards}=inf"), "'inf' is no number"),
+        ((endless, "Q8_0", out, "--adapter", backwards, "--executor", "torch"), "for --evaluate, which is not given"),
         ((endless, "Q8_0", out, "--adapter", tmp_path / "nothing"), "no such file or folder"),
         ((endless, "Q9", out, "--adapter", backwards), "unknown type 'Q9'"),
         ((tiny, "Q8_0", out, "--adapter", backwards), "in this model, but the adapter's matrices"),

@@ -56,6 +56,12 @@ def type_name(text: str) -> str:
     return "Q4_K_M" if name == "Q4_K" else name
 
 
+def check_evaluation(paths: Sequence[Path], executor: ExecutorKind | None) -> None:
+    """Raises UsageError where an option would be ignored."""
+    if executor is not None and not paths:
+        raise click.UsageError("--executor computes for --evaluate, which is not given")
+
+
 def check_target(out: Path, *, force: bool) -> None:
     """Raises UsageError where something is at `out` that may not be replaced: before anything takes its time."""
     from dapji.errors import UsageError

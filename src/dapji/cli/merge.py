@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def command(
     from tqdm import tqdm
 
     from dapji.cli.conversion import (
+        check_evaluation,
         check_target,
         held_out,
         measure,
@@ -85,6 +87,7 @@ def command(
     from dapji.weights.convert import FLOATS
     from dapji.weights.merge import merged, survival
 
+    check_evaluation(evaluate, executor)
     check_target(out, force=force)
     type_ = type_name(type_)
     files = open_files(base)
@@ -131,7 +134,10 @@ def _adapter(text: str) -> tuple[Path, float]:
     path, separator, factor = text.rpartition("=")
     if separator and not Path(text).exists():
         try:
-            return Path(path).expanduser(), float(factor)
+            value = float(factor)
         except ValueError:
-            raise click.BadParameter(f"{text!r}: {factor!r} is no number", param_hint="--adapter") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise click.BadParameter(f"{text!r}: {factor!r} is no number", param_hint="--adapter")
+        return Path(path).expanduser(), value
     return Path(text).expanduser(), 1.0

@@ -71,6 +71,7 @@ def command(
     Exit codes: 0 written, 1 not written, 2 wrong usage, 130 interrupted.
     """
     from dapji.cli.conversion import (
+        check_evaluation,
         check_target,
         held_out,
         measure,
@@ -92,6 +93,7 @@ def command(
     from dapji.weights.convert import FLOATS
     from dapji.weights.merge import survival
 
+    check_evaluation(evaluate, executor)
     check_target(out, force=force)
     type_ = type_name(type_)
     checkpoint = open_checkpoint(store.resolve(source))
