@@ -178,7 +178,7 @@ class _Shown:
 
         run = RunRecord.read(self._folder)
         before, after = run.held_out
-        told = [] if before is None else [f"held-out loss {before:.4f} -> {after:.4f}"]
+        told = [] if before is None or after is None else [f"held-out loss {before:.4f} -> {after:.4f}"]
         told.append(f"loss {run.steps[-1]['loss']:.4f}")
         time = tqdm.format_interval(run.seconds)
         told.append(f"{run.trained_tokens:,} trained tokens in {time}, {run.trained_tokens / run.seconds:.0f} a second")

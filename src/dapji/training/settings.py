@@ -253,7 +253,7 @@ class SamplesSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Held-out examples that are answered; None: 4 on a CPU, and none on a device whose memory training may need."""
     prompts: list[str] = []
     """Asked beside them, each as a user's message; as it is, where the model has no chat template."""
-    max_tokens: Positive = 64
+    max_tokens: Positive = 128
     """The longest answer."""
 
 

@@ -105,14 +105,12 @@ class _Page:
         if run.samples:
             yield self._t("h2", "samples")
             yield self._t("p", "samples.note", {"class": "note"})
-            for group in _by_sample(run.samples):
-                yield self._sample(group)
+            yield h("div", {"class": "cards"}, *(self._sample(group) for group in _by_sample(run.samples)))
         if run.start["shown"]:
             yield self._t("h2", "examples")
             prompts = run.recipe.method.examples == "prompts"
             yield self._t("p", "examples.prompts" if prompts else "examples.note", {"class": "note"})
-            for shown in run.start["shown"]:
-                yield self._example(shown)
+            yield h("div", {"class": "cards"}, *(self._example(shown) for shown in run.start["shown"]))
         yield self._t("h2", "about")
         yield self._facts(run)
         yield self._t("h2", "lineage")
@@ -140,11 +138,12 @@ class _Page:
         return self._t("span", "trains.adapter", rank=str(run.recipe.lora.rank), n=trained, all=parameters)
 
     def _tiles(self, run: RunRecord) -> Iterable[Markup]:
-        first, last = run.held_out
-        if last is not None:
-            before = text("untrained") if first is None else text("from", value=number(first))
-            note = before if first is not None or run.evaluations[-1]["step"] == 0 else None
-            yield self._tile("held.out", number(last), note)
+        before, after = run.held_out
+        if after is not None:
+            note = None if before is None else text("from", value=number(before))
+            yield self._tile("held.out", number(after), note)
+        elif before is not None:
+            yield self._tile("held.out", number(before), text("untrained"))
         elif run.steps:
             best = min(run.steps, key=lambda line: float(line["loss"]))
             least = text("least", value=number(best["loss"]), step=f"{best['step']:,}")
@@ -397,20 +396,19 @@ class _Page:
             questions: dict[tuple[str, str | None], list[tuple[str, Mapping[str, Any]]]] = {}
             for name, sample in last:
                 questions.setdefault((sample["prompt"], sample["expected"]), []).append((name, sample))
-            for answers in questions.values():
-                rows = [
-                    h("li", None, h("span", {"class": "label"}, name), self._said(sample)) for name, sample in answers
-                ]
-                yield h(
-                    "section", {"class": "card"}, *self._question(answers[0][1]), h("ol", {"class": "answers"}, *rows)
-                )
+            yield h("div", {"class": "cards"}, *(self._last_answers(answers) for answers in questions.values()))
+
+    def _last_answers(self, answers: Sequence[tuple[str, Mapping[str, Any]]]) -> Markup:
+        """Of several runs, by their names, to one question."""
+        rows = [h("li", None, h("span", {"class": "label"}, name), self._said(sample)) for name, sample in answers]
+        question = self._question(answers[0][1])
+        return h("section", {"class": "card"}, *question, h("ol", {"class": "answers"}, *rows))
 
     def _overview(self, runs: Sequence[RunRecord]) -> Markup:
         keys = ["run", "state", "held.out", "training.loss", "trained.tokens", "time", "speed", "memory"]
         rows = []
         for run in runs:
-            first, last = run.held_out
-            held_out = "–" if last is None else number(last) if first is None else f"{number(first)} → {number(last)}"
+            held_out = " → ".join("–" if loss is None else number(loss) for loss in run.held_out)
             values = {"step": f"{run.step:,}", "steps": f"{run.start['steps']:,}"}
             cells: list[Child] = [text(f"state.short.{run.state}", **values).element("span", self._language), held_out]
             if run.steps:

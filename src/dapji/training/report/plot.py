@@ -20,7 +20,7 @@ _COLOURS = 6
 """That the style sheet has; more series are dashed."""
 _DRAWN = 600
 """Points of a line, at most: a pixel has no room for more."""
-_LISTED = 100
+_LISTED = 200
 """Rows of a table, at most."""
 
 
@@ -205,7 +205,7 @@ def _thin(points: Sequence[Point]) -> Sequence[Point]:
 def _table(series: Sequence[Series], language: Language) -> Markup:
     steps = sorted({point.step for each in series for point in each.points})
     # those of series that have few come first: each evaluation is listed
-    few = {point.step for each in series if len(each.points) <= _LISTED // 2 for point in each.points}
+    few = {point.step for each in series if len(each.points) <= _LISTED // 4 for point in each.points}
     every = -(-len(steps) // _LISTED)
     rows = [step for i, step in enumerate(steps) if i % every == 0 or step in few or step == steps[-1]]
     columns = [{point.step: point.value for point in each.points} for each in series]

@@ -66,11 +66,10 @@ class RunRecord:
 
     @property
     def held_out(self) -> tuple[float | None, float | None]:
-        """The loss before training and the last, where something is held out; without the first, where only that is."""
-        losses = [line["evaluation_loss"] for line in self.evaluations if "evaluation_loss" in line]
-        if not losses:
-            return None, None
-        return (losses[0] if len(losses) > 1 else None), losses[-1]
+        """The loss before training, and the last one after it, where they were measured."""
+        losses = [(line["step"], line["evaluation_loss"]) for line in self.evaluations if "evaluation_loss" in line]
+        before = next((loss for step, loss in losses if step == 0), None)
+        return before, next((loss for step, loss in reversed(losses) if step > 0), None)
 
     @property
     def memory(self) -> int | None:
