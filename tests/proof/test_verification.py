@@ -17,8 +17,8 @@ import transformers
 from proven import Change, flipped, prove, replaced, write_model, write_tuned
 
 import dapji
-from dapji.errors import CertificateError, FormatError, UsageError
-from dapji.models.executor import ExecutorKind
+from dapji.errors import CertificateError, ConfigError, FormatError, UsageError
+from dapji.models.executor import Executor, ExecutorKind, open_executor
 from dapji.ops import native
 from dapji.proof import replay
 from dapji.proof.behaviour import behaviour_of
@@ -309,6 +309,16 @@ def test_what_is_too_large_for_the_reference_is_computed_by_the_native_executor(
     numbers = [check for check in verify(model, executor="reference") if check.part == "numbers"]
     assert {check.passed for check in numbers} == {None}
     assert "no tolerance was measured for reference" in numbers[0].detail
+
+
+def test_an_executor_that_cannot_run_a_model_has_no_tolerance(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(kind: ExecutorKind, *arguments: Any, **options: Any) -> Executor:
+        if kind == "torch":
+            raise ConfigError("cannot")
+        return open_executor(kind, *arguments, **options)
+
+    monkeypatch.setattr(replay, "open_executor", refuse)
+    assert "torch" not in certify(model).tolerances
 
 
 def test_a_base_that_is_not_here_is_asked_for(adapter: Path, made: tuple[Path, Path]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from dapji.errors import CertificateError, ModelNotFound, UsageError
+from dapji.errors import CertificateError, ConfigError, ModelNotFound, UsageError
 from dapji.files import Files, open_files
 from dapji.models.adapter import Adapter
 from dapji.models.executor import ExecutorKind
@@ -121,7 +121,10 @@ def certify(
         passages = tuple(_passages(subject, prompts, maker, activations, lambda: advance(nbytes)))
         tolerances: dict[ExecutorKind, Tolerance] = {maker: Tolerance(measured=0.0, allowed=NOISE)}
         for kind, activations in others:
-            measured = [kl for kl, _ in _replayed(subject, passages, kind, activations, lambda: advance(nbytes))]
+            try:
+                measured = [kl for kl, _ in _replayed(subject, passages, kind, activations, lambda: advance(nbytes))]
+            except ConfigError:  # an executor that cannot run this model has no tolerance
+                continue
             executor = "native" if activations == "q8" else kind
             largest = max(measured, default=0.0)
             tolerances[executor] = Tolerance(measured=largest, allowed=_MARGIN * largest + NOISE)
