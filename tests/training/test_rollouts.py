@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections import defaultdict
@@ -30,10 +31,12 @@ from dapji.training.data.prompts import Prompt
 from dapji.training.output import gathered
 from dapji.training.policy import Policy
 from dapji.training.rewards import Reward
-from dapji.training.rollouts import Rollouts, RolloutSource, Writing, judge_by_reward
+from dapji.training.rollouts import Rollouts, RolloutSource, Writing, _n_parts, judge_by_reward
 from dapji.training.settings import GrpoSettings, LoraSettings, read_recipe
 from dapji.training.supervised import losses_of
 from dapji.training.tune import tune
+from dapji.weights.checkpoint import open_checkpoint
+from dapji.weights.convert import write_quantized
 
 REWARD = """
 def letters(answer, row):
@@ -81,7 +84,7 @@ def test_engine_and_training_say_the_same(base: Path, lora: LoraSettings | None,
             actor=actor, judge=judge_by_reward(Reward(settings.reward), scale=True), tokenizer=files.tokenizer(),
             settings=settings, weights=lambda: gathered(network),
         ),
-        folder=tmp_path / "kept", batch=2, seed=0,
+        folder=tmp_path / "kept", batch=2, capacity=1000, seed=0,
     )  # fmt: skip
     reference = tiny.network(tiny.config())
     for turn in range(2):
@@ -167,19 +170,21 @@ def test_loss_and_gradients_are_those_of_trl(kl: float) -> None:
         assert means["kl"] == pytest.approx(theirs["kl"][0], rel=1e-4)
 
 
-def test_a_step_does_not_depend_on_its_split() -> None:
-    """Each answer in a window of its own."""
+@pytest.mark.parametrize("n_parts", [2, 3, 4])
+def test_a_step_does_not_depend_on_its_split(n_parts: int) -> None:
     whole, network, method = rollouts(), tiny.network(tiny.config()), Policy(clip=0.2, kl=0.1)
-    split = np.cumsum([6, 11, 3])
-    parts = [
-        {name: np.split(getattr(whole, name), split) for name in ("log_probs", "advantages", "reference")},
-        {name: np.split(getattr(whole, name), 4) for name in ("rewards", "ended")},
-    ]
-    apart = [
-        Rollouts(**vars(window), **{name: values[i] for part in parts for name, values in part.items()})
-        for i, window in enumerate(tiny.alone(whole))
-    ]
-    same_gradients(gradients(network, apart, method), gradients(network, [whole], method))
+    parts = dataclasses.replace(whole, n_parts=n_parts).parts()
+    assert len(parts) == n_parts
+    for field in ("tokens", "log_probs", "advantages", "reference", "rewards", "ended"):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
+    same_gradients(gradients(network, parts, method), gradients(network, [whole], method))
+
+
+def test_groups_are_split_alike_into_parts_that_fit() -> None:
+    assert _n_parts([[10, 10, 10, 10], [1, 1, 1, 1]], 40) == 1
+    assert _n_parts([[10, 10, 10, 10], [1, 1, 1, 1]], 39) == 2
+    assert _n_parts([[10, 10, 10, 10], [1, 9, 9, 9]], 19) == 4
+    assert _n_parts([[10, 10, 10, 10], [1, 1, 1, 50]], 30) == 4, "an answer is never cut"
 
 
 RUN = "[optimizer]\nlearning_rate = 2e-2\nwarmup = 0\n[run]\nbatch = 2\nsave_every = 1\nevaluate_every = 20"
@@ -207,6 +212,20 @@ def test_rewards_rise(tmp_path: Path) -> None:
     for line in kept:
         assert line["reward"] == sum(c in WANTED for c in line["answer"]) / 8
     assert np.mean([line["reward"] for line in kept]) == pytest.approx(steps[0]["reward"])
+
+
+def test_a_stored_base_changes_no_bit(tmp_path: Path) -> None:
+    """The answers, what is said of them, and what is learned, of a base that stays quantised."""
+    base = tmp_path / "quantised.gguf"
+    write_quantized(open_checkpoint(tiny.write_model(tmp_path / "whole.gguf")), base, "Q8_0")
+    assert {tensor.format.name for tensor in open_files(str(base)).tensors.values()} >= {"F32", "Q8_0"}
+    for dtype in ("float32", "stored"):
+        changes = {"run.steps": "3", "run.dtype": dtype, "model": str(base), "method.kl": "0.05"}
+        assert tune(recipe_of(tmp_path, LORA, name=dtype, **changes))
+    assert exact(lines(tmp_path / "stored")) == exact(lines(tmp_path / "float32"))
+    assert max(line["log_prob_gap"] for line in lines(tmp_path / "stored") if "loss" in line) < GAP
+    for path in (tmp_path / "stored" / "rollouts").iterdir():
+        assert path.read_bytes() == (tmp_path / "float32" / "rollouts" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("full", [True, False])

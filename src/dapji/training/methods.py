@@ -175,7 +175,14 @@ def _rollout_sources(
     writing = Writing(
         actor=actor, judge=judge, tokenizer=tokenizer, settings=settings, weights=partial(gathered, network)
     )
-    train = RolloutSource(data.train, writing, folder=folder / ROLLOUTS, batch=recipe.run.batch, seed=recipe.seed)
+    train = RolloutSource(
+        data.train,
+        writing,
+        folder=folder / ROLLOUTS,
+        batch=recipe.run.batch,
+        capacity=recipe.data.window,
+        seed=recipe.seed,
+    )
     evaluate = EvaluationSource(data.evaluate, writing)
     turns = -(-_windows(recipe.run, lambda number: len(data.train)) // recipe.run.batch)
     return Sources(

@@ -47,6 +47,26 @@ class Rollouts(Window):
     """[B]"""
     ended: NDArray[np.bool_]
     """[B] by itself, and not because it had become too long."""
+    n_parts: int = 1
+    """At most B."""
+
+    def parts(self) -> Sequence[Rollouts]:
+        """Of about as many answers each."""
+        numbers, owners = np.arange(len(self.rewards)), self.segments[self.learned]  # [B], [R]
+        found = []
+        for part in np.array_split(numbers, self.n_parts):
+            answers, rows = np.isin(numbers, part), np.isin(owners, part)  # [B], [R]
+            found.append(
+                Rollouts(
+                    **vars(self.select(answers)),
+                    log_probs=self.log_probs[rows],
+                    advantages=self.advantages[rows],
+                    reference=None if self.reference is None else self.reference[rows],
+                    rewards=self.rewards[answers],
+                    ended=self.ended[answers],
+                )
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +83,12 @@ class _Group:
     advantages: Sequence[NDArray[np.float32]]
     references: Sequence[NDArray[np.float32]] | None
 
-    def window(self) -> Rollouts:
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prompt and each answer."""
+        return [len(self.prompt.ids) + len(answer.tokens) for answer in self.answers]
+
+    def window(self, n_parts: int = 1) -> Rollouts:
         n_prompt = len(self.prompt.ids)
         lengths = [len(answer.tokens) for answer in self.answers]
         starts = np.cumsum([0, *(n_prompt + length for length in lengths)], dtype=np.int32)
@@ -79,6 +104,7 @@ class _Group:
             reference=None if self.references is None else np.concatenate(self.references),
             rewards=self.rewards,
             ended=np.array([answer.ended for answer in self.answers]),
+            n_parts=n_parts,
         )
 
     def lines(self) -> list[dict[str, Any]]:
@@ -217,12 +243,15 @@ class RolloutSource:
     """A window for each prompt: a group of answers. Every `batch` of them, so many steps as `reuse` says, are written
     together."""
 
-    def __init__(self, prompts: Sequence[Prompt], writing: Writing, *, folder: Path, batch: int, seed: int) -> None:
-        """folder: where the answers are kept."""
+    def __init__(
+        self, prompts: Sequence[Prompt], writing: Writing, *, folder: Path, batch: int, capacity: int, seed: int
+    ) -> None:
+        """folder: where the answers are kept. capacity: tokens of a part of a window, unless one answer has more."""
         self._prompts = prompts
         self._writing = writing
         self._folder = folder
         self._batch = batch
+        self._capacity = capacity
         self._seed = seed
         self._written: tuple[int, dict[int, _Group]] = (-1, {})
 
@@ -230,8 +259,9 @@ class RolloutSource:
         turn = indices[0] // self._batch // self._writing.settings.reuse
         if self._written[0] != turn:
             self._written = (turn, self._turn(turn))
-        groups = [self._written[1][turn * self._batch + index % self._batch] for index in indices]
-        return [group.window() for group in groups]
+        groups = self._written[1]
+        n_parts = _n_parts([group.lengths for group in groups.values()], self._capacity)
+        return [groups[turn * self._batch + index % self._batch].window(n_parts) for index in indices]
 
     def _turn(self, turn: int) -> dict[int, _Group]:
         """The groups that are written together, by number: read where they were written before."""
@@ -279,6 +309,17 @@ class EvaluationSource:
         prompts = [self._prompts[index] for index in indices]
         groups = self._writing.groups(prompts, indices, [[0]] * len(prompts), drawn=False)
         return [group.window() for group in groups]
+
+
+def _n_parts(groups: Sequence[Sequence[int]], capacity: int) -> int:
+    """Into how many parts all groups are split, alike on every rank, so that none has more tokens; at most one for each
+    answer. groups: the tokens of each answer."""
+    most = len(groups[0])
+
+    def fits(n: int) -> bool:
+        return all(sum(part) <= capacity for lengths in groups for part in np.array_split(lengths, n))
+
+    return next((n for n in range(1, most) if fits(n)), most)
 
 
 def _seed(run: int, number: int, answer: int) -> int:

@@ -164,13 +164,18 @@ class Trainer:
         return loss / count
 
     def _mine(self, source: Source, first: int, end: int) -> list[tuple[int, Window, bool]]:
-        """Of the windows from first to end those of this rank, with their numbers. All ranks have as many, since they
-        gather sharded weights together: what is missing is the first again, which does not count."""
+        """Of the windows from first to end those of this rank, part by part, each with a number of its own. All ranks
+        have as many, since they gather sharded weights together: what is missing is the first again, which does not
+        count."""
         mine = [(index, True) for index in range(first + self._rank, end, self._ranks)]
         if len(mine) < -(-(end - first) // self._ranks):
             mine.append((first, False))
         windows = source.take([index for index, _ in mine])
-        return [(index, window, counts) for (index, counts), window in zip(mine, windows, strict=True)]
+        return [
+            ((index << 32) + number, part, counts)
+            for (index, counts), window in zip(mine, windows, strict=True)
+            for number, part in enumerate(window.parts())
+        ]
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -185,7 +190,7 @@ class Trainer:
         loss, means = 0.0, _Means()
         for number, (index, window, counts) in enumerate(mine, start=1):
             _sum_gradients(self._network, number == len(mine))
-            torch.manual_seed(self._seed + (index << 32))
+            torch.manual_seed(self._seed + index)
             # Sharded gradients are averaged over the ranks, but what is wanted is the sum.
             outcome = self._method.loss(self._network, window)
             means.add(outcome.metrics, counts)

@@ -61,6 +61,10 @@ class Window:
             good=self.good[sequences],
         )
 
+    def parts(self) -> Sequence[Window]:
+        """Windows that are computed instead, one after another, so that less is in memory."""
+        return (self,)
+
     def batch(self) -> Batch:
         """For an executor, each sequence in cache blocks of its own; logits only where a learned token follows."""
         lengths = np.diff(self.starts)
