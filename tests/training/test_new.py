@@ -185,6 +185,7 @@ def test_everything_runs_it(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some twenty programs, one after the other
 def test_the_run_from_scratch(tmp_path: Path) -> None:
     """With tiny profiles: the script twice, of which the second time trains nothing; then students with a teacher."""
     shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("out"))
@@ -197,7 +198,7 @@ def test_the_run_from_scratch(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "scratch" / "out"
     times = []
     for _ in range(2):
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=250)
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=400)
         times.append([(out / name / "dapji.json").stat().st_mtime_ns for name in ("start", "pretrained", "chat")])
     assert times[0] == times[1]
     lineage = read_lineage(out / "chat")
@@ -205,7 +206,7 @@ def test_the_run_from_scratch(tmp_path: Path) -> None:
     assert [each.lineage and each.lineage.kind for each in lineage.parents] == ["tune"]
     assert (out / "train.txt").read_bytes() + (out / "held-out.txt").read_bytes() == TEXT.read_bytes()
     subprocess.run(
-        ["sh", "runs/distillation/run.sh", "--profile", "tiny"], cwd=tmp_path, env=environment, check=True, timeout=250
+        ["sh", "runs/distillation/run.sh", "--profile", "tiny"], cwd=tmp_path, env=environment, check=True, timeout=400
     )
     taught = read_lineage(tmp_path / "runs" / "distillation" / "out" / "taught-2")
     assert taught is not None
