@@ -7,7 +7,7 @@ ARGS ?=
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help chat serve test test-slow lint bench setup setup-dev native clean
+.PHONY: help chat serve tune test test-slow lint bench setup setup-dev native clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ chat: $(VENV)/.installed ## set up, fetch the default model once, chat (PROMPT="
 serve: $(VENV)/.installed ## set up, fetch the default model once, serve it: a page to chat, and the APIs
 	$(BIN)/dapji pull qwen2.5-coder-0.5b
 	$(BIN)/dapji serve qwen2.5-coder-0.5b $(ARGS)
+
+tune: $(VENV)/.installed-train ## set up with torch, teach the small model a support FAQ, examine it before and after
+	$(BIN)/dapji pull smollm2-135m
+	@PATH="$(CURDIR)/$(BIN):$$PATH" runs/support-faq/run.sh
 
 test: $(VENV)/.installed-dev lint ## set up, lint, type-check and run the default tests (offline once set up)
 	$(BIN)/dapji pull smollm2-135m
@@ -54,6 +58,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard 
 	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.9" ninja $$(command -v cmake >/dev/null || echo cmake)
 	@echo "compiling the native core (about a minute)"
 	$(BIN)/pip install -q --no-build-isolation -e ".[hub,serve]"
+	@touch $@
+
+$(VENV)/.installed-train: $(VENV)/.installed pyproject.toml
+	$(BIN)/pip install -q --no-build-isolation -e ".[train]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml

@@ -12,10 +12,11 @@ from pathlib import Path
 class Served:
     """On a port of its own; made when it listens."""
 
-    def __init__(self, home: Path, *arguments: str | Path) -> None:
+    def __init__(self, home: Path, *arguments: str | Path, folder: Path | None = None) -> None:
+        """home: of the models. folder: where it is started, if not here."""
         command = [sys.executable, "-m", "dapji", "serve", "--port", "0", *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"DAPJI_HOME": str(home)}
+            command, cwd=folder, stderr=subprocess.PIPE, text=True, env=os.environ | {"DAPJI_HOME": str(home)}
         )
         self.lines: list[str] = []
         assert self.process.stderr is not None
