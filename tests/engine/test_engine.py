@@ -562,10 +562,12 @@ def test_a_long_prompt_does_not_stop_streams(gated: tuple[Engine, Gate]) -> None
 
 
 def test_a_short_question_does_not_wait_for_a_second_sample_of_a_long_prompt() -> None:
-    executor = HashExecutor()
+    gate = Gate()
+    executor = HashExecutor(on_step=gate)
     with Engine(executor, step_tokens=32, max_running=4) as engine:
         samples = [engine.generate(request([1, 2] * 200, 4)) for _ in range(2)]
         short = engine.generate(request([3], 3))
+        gate.open(10_000)
         assert tokens(short) == greedy([3], 3)
         for sample in samples:
             assert tokens(sample) == greedy([1, 2] * 200, 4)

@@ -83,7 +83,7 @@ def test_the_policy_stops_what_would_get_through(open_page: Opened, talkers: Run
             const seen = [];
             document.addEventListener("securitypolicyviolation", (event) => {
                 seen.push(event.effectiveDirective);
-                if (seen.length === 3) resolve(seen.sort());
+                if (seen.length === 4) resolve(seen.sort());
             });
             const div = document.createElement("div");
             div.innerHTML = "<img src='http://evil.example/x.png'><b style='color: red' onclick='1'>x</b>";
