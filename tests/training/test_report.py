@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -18,6 +18,7 @@ from browsing import browser, serious_violations
 from dapji.errors import FormatError, UsageError
 from dapji.evaluation.bootstrap import Difference, Score
 from dapji.evaluation.result import Comparison, Examined, Item, Result, write_result
+from dapji.proof.lineage import Role
 from dapji.training import report
 from dapji.training.report import PAGE, write_report
 from dapji.training.report.plot import Point, nice_ticks, number, smoothed
@@ -303,6 +304,7 @@ def test_every_language_has_every_text_and_every_text_is_used() -> None:
         return sorted(re.findall(r"\{(\w+)\}", text))
 
     assert TEXTS["en"].keys() == TEXTS["ko"].keys()
+    assert {f"lineage.{role}" for role in get_args(Role)} <= TEXTS["en"].keys()
     assert [key for key in TEXTS["en"] if slots(TEXTS["en"][key]) != slots(TEXTS["ko"][key])] == []
     sources = "".join(path.read_text() for path in SOURCES.glob("*.py") if path.name != "texts.py")
     made = ("state.", "metric.", "files.", "lineage.", "evaluation.")
