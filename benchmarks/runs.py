@@ -112,7 +112,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
             (name, after["n"], interval(before), interval(after), interval(change), f"{change['p']:.1g}")
             for name, before, after, change in exams
         ]
-        yield "What the tuned models answer on the quantised base, with 95 % intervals:\n\n" + table(header, rows)
+        yield "What the tuned models answer, with 95 % intervals:\n\n" + table(header, rows)
 
 
 def interval(score: dict[str, float]) -> str:

@@ -6,7 +6,6 @@ here=runs/support-faq
 for seed in "${@:-0}"; do
   out=$here/out/$seed
   [ -e "$out/dapji.json" ] || dapji tune $here/recipe.toml --resume seed="$seed" output="$out"
-  # the adapter is used as it is, on the base as its file has it: quantised
-  [ -e "$out.json" ] || dapji eval smollm2-135m $here/held-out.jsonl --adapter "$out" --against smollm2-135m \
-    --by language --max-tokens 160 --output "$out.json"
+  [ -e "$out.json" ] || dapji eval "$out" $here/held-out.jsonl --against smollm2-135m --by language --max-tokens 160 \
+    --output "$out.json"
 done
