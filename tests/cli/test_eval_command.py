@@ -113,9 +113,11 @@ def test_goes_on_where_it_was_cut_off(
             raised.append(done)
             signal.raise_signal(signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
     with monkeypatch.context() as patch:
         patch.setattr(command._Bars, "show", interrupted)
         cut = dapji(*arguments)
+    signal.signal(signal.SIGINT, before)
     assert cut.code == 130
     assert f"what is answered is kept in {output}.partial; the same command goes on from there" in cut.err
     kept = tmp_path / "result.json.partial" / "answers.jsonl"
