@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import msgspec
 
 from dapji.cli.console import wants_colour
 
@@ -121,7 +124,33 @@ def record(out: Path, lineage: Lineage) -> None:
         write_lineage(out, lineage)
 
 
-def summary(report: Report, out: Path) -> dict[str, Any]:
+def conclude(
+    out: Path,
+    report: Report,
+    lineage: Lineage,
+    *,
+    changes: Mapping[str, Survival] | None,
+    measured: Divergence | None,
+    as_json: bool,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Records what was written, and tells of it. lineage: without its outcome, which is what the change has kept, where
+    changes and measured say it. about: for --json alone."""
+    survival = {} if changes is None else {"survival": _survival_totals(changes)}
+    evaluation = {} if measured is None else {"evaluation": asdict(measured)}
+    record(out, msgspec.structs.replace(lineage, outcome={**survival, **evaluation}))
+    if as_json:
+        survived = {} if changes is None else {"survival": _survival_summary(changes)}
+        click.echo(json.dumps({**_summary(report, out), **(about or {}), **survived, **evaluation}, indent=2))
+        return
+    _print_summary(report, out)
+    if changes is not None:
+        _print_survival(changes)
+    if measured is not None:
+        _print_divergence(measured)
+
+
+def _summary(report: Report, out: Path) -> dict[str, Any]:
     """For --json."""
     return {
         "path": str(out),
@@ -143,7 +172,7 @@ def summary(report: Report, out: Path) -> dict[str, Any]:
     }
 
 
-def print_summary(report: Report, out: Path) -> None:
+def _print_summary(report: Report, out: Path) -> None:
     from dapji.weights.sources_base import human_size
 
     for tensor in report.tensors:
@@ -155,7 +184,7 @@ def print_summary(report: Report, out: Path) -> None:
     click.echo(f"before: {human_size(report.source_bytes)}, {before:.2f} bits per weight", err=True)
 
 
-def survival_totals(changes: Mapping[str, Survival]) -> dict[str, float | None]:
+def _survival_totals(changes: Mapping[str, Survival]) -> dict[str, float | None]:
     """Of all changed weights together."""
     from dapji.weights.merge import Survival
 
@@ -163,7 +192,7 @@ def survival_totals(changes: Mapping[str, Survival]) -> dict[str, float | None]:
     return {"share": total.share, "bits": total.bits}
 
 
-def survival_summary(changes: Mapping[str, Survival]) -> dict[str, Any]:
+def _survival_summary(changes: Mapping[str, Survival]) -> dict[str, Any]:
     """For --json: in all, and of each changed weight by its canonical name."""
     tensors = [
         {
@@ -175,10 +204,10 @@ def survival_summary(changes: Mapping[str, Survival]) -> dict[str, Any]:
         }
         for name, change in changes.items()
     ]
-    return {**survival_totals(changes), "tensors": tensors}
+    return {**_survival_totals(changes), "tensors": tensors}
 
 
-def print_survival(changes: Mapping[str, Survival]) -> None:
+def _print_survival(changes: Mapping[str, Survival]) -> None:
     """A line for people; on stderr a warning with advice, where much of the change is lost."""
     from dapji.weights.merge import Survival
 
@@ -249,7 +278,7 @@ def measure(
         )
 
 
-def print_divergence(measured: Divergence) -> None:
+def _print_divergence(measured: Divergence) -> None:
     if measured.base_loss is None:
         before = f"loss {measured.source_loss:.4f} before"
     else:

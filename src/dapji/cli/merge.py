@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +66,9 @@ def command(
     from dapji.cli.conversion import (
         check_evaluation,
         check_target,
+        conclude,
         held_out,
         measure,
-        print_divergence,
-        print_summary,
-        print_survival,
-        record,
-        summary,
-        survival_summary,
-        survival_totals,
         type_name,
         write,
     )
@@ -104,29 +96,23 @@ def command(
     with tqdm(desc="comparing weights", total=len(weights), disable=None, delay=1, leave=False) as bar:
         changes = survival(files.tensors, weights, result.tensors, lambda name: bar.update())
     measured = measure(files, adapter, result, texts, executor=executor, threads=threads)
-    told = {"evaluation": asdict(measured)} if measured is not None else {}
-    record(
+    conclude(
         out,
+        report,
         Lineage(
             kind="merge",
             parents=parents,
             settings={"type": type_, "factors": [factor for _, factor in given]},
-            outcome={"survival": survival_totals(changes), **told},
             versions=versions(),
         ),
-    )
-    if as_json:
-        about = {
+        changes=changes,
+        measured=measured,
+        as_json=as_json,
+        about={
             "base": str(files.checkpoint.path),
             "adapters": [{"path": str(path), "factor": factor} for path, factor in given],
-            "survival": survival_summary(changes),
-        }
-        click.echo(json.dumps(summary(report, out) | about | told, indent=2))
-        return
-    print_summary(report, out)
-    print_survival(changes)
-    if measured is not None:
-        print_divergence(measured)
+        },
+    )
 
 
 def _adapter(text: str) -> tuple[Path, float]:

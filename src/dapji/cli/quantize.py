@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,15 +71,9 @@ def command(
     from dapji.cli.conversion import (
         check_evaluation,
         check_target,
+        conclude,
         held_out,
         measure,
-        print_divergence,
-        print_summary,
-        print_survival,
-        record,
-        summary,
-        survival_summary,
-        survival_totals,
         type_name,
         write,
     )
@@ -109,27 +101,19 @@ def command(
         if before is not None:
             every = survival(before.tensors, files.tensors, result.tensors)
             changes = {name: change for name, change in every.items() if change.wanted}
-    outcome = {} if changes is None else {"survival": survival_totals(changes)}
-    told = {} if measured is None else {"evaluation": asdict(measured)}
-    record(
+    conclude(
         out,
+        report,
         Lineage(
             kind="convert" if type_ in FLOATS else "quantize",
             parents=(made_of,),
             settings={"type": type_},
-            outcome={**outcome, **told},
             versions=versions(),
         ),
+        changes=changes,
+        measured=measured,
+        as_json=as_json,
     )
-    if as_json:
-        survived = {} if changes is None else {"survival": survival_summary(changes)}
-        click.echo(json.dumps(summary(report, out) | survived | told, indent=2))
-        return
-    print_summary(report, out)
-    if changes is not None:
-        print_survival(changes)
-    if measured is not None:
-        print_divergence(measured)
 
 
 def _base_of(tuned: Files, name: str) -> Files:
