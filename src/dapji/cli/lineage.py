@@ -14,14 +14,13 @@ def tree(lineage: Lineage, indent: str = "") -> Iterator[str]:
     made_of: Sequence[Parent | DataFile] = (*lineage.parents, *lineage.data)
     for i, each in enumerate(made_of):
         last = i == len(made_of) - 1
-        what = f"{each.use} {each.file}" if isinstance(each, DataFile) else f"{each.role} {each.model}"
         digests = [each.sha256] if isinstance(each, DataFile) else [*each.files.values()]
         about = [
             each.licence or "licence unknown",
             f"sha256 {digests[0][:12]}…" if len(digests) == 1 else f"{len(digests)} files",
             *([] if each.lineage is None else [f"made by {how(each.lineage)}"]),
         ]
-        yield visible(f"{indent}{'└─' if last else '├─'} {what} ({', '.join(about)})")
+        yield visible(f"{indent}{'└─' if last else '├─'} {each.title} ({', '.join(about)})")
         if each.lineage is not None:
             yield from tree(each.lineage, indent + ("   " if last else "│  "))
 

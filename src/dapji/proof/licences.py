@@ -42,9 +42,8 @@ def licences(model: str, licence: str | None, lineage: Lineage | None) -> list[L
     if licence is not None or lineage is None:  # else its parents' are its own
         found.append((licence, model))
     for each in ancestors(lineage) if lineage is not None else ():
-        what = f"{each.use} {each.file}" if isinstance(each, DataFile) else f"{each.role} {each.model}"
         if isinstance(each, DataFile) or each.licence is not None or each.lineage is None:
-            found.append((each.licence, what))
+            found.append((each.licence, each.title))
     under: dict[str | None, dict[str, None]] = {}
     for name, what in found:
         under.setdefault(name and name.lower(), {})[what] = None

@@ -40,6 +40,11 @@ class DataFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lineage: Lineage | None = None
     """Of examples that a model wrote."""
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.use} {self.file}"
+
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Role
@@ -50,6 +55,11 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     licence: str | None = None
     """None: its files do not say."""
     lineage: Lineage | None = None
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.role} {self.model}"
 
 
 class Lineage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
