@@ -79,10 +79,8 @@ def _compared(path: Path, files: Mapping[str, str], part: str, whose: str, diges
     for name, digest in files.items():
         if not (folder / name).is_file():
             yield Check(part=part, name=whose + name, passed=False, detail="is not there")
-        elif (found := digests[folder / name]) != digest:
-            yield Check(part=part, name=whose + name, passed=False, detail=f"sha256 was {digest}, is {found}")
         else:
-            yield Check(part=part, name=whose + name, passed=True)
+            yield _hashed(part, whose + name, folder / name, digest, digests)
     try:
         others = model_paths(path).keys() - files.keys()
     except DapjiError:  # what is missing has been told
@@ -91,23 +89,31 @@ def _compared(path: Path, files: Mapping[str, str], part: str, whose: str, diges
         yield Check(part=part, name=whose + name, passed=False, detail="was not there")
 
 
+def _hashed(part: str, name: str, path: Path, digest: str, digests: _Digests) -> Check:
+    found = digests[path]
+    detail = "" if found == digest else f"sha256 was {digest}, is {found}"
+    return Check(part=part, name=name, passed=not detail, detail=detail)
+
+
 def _lineage(lineage: Lineage, base: str | None, digests: _Digests) -> Iterator[Check]:
     """What is at hand of all that it names; each model and file once."""
     seen: set[tuple[str, str]] = set()
     for each in ancestors(lineage):
-        if isinstance(each, DataFile):
-            key, at_hand = ("data", each.file), Path(each.file).is_file()
-            if key not in seen and at_hand:
-                found = digests[Path(each.file)]
-                detail = "" if found == each.sha256 else f"sha256 was {each.sha256}, is {found}"
-                yield Check(part="lineage", name=f"{each.use}: {each.file}", passed=not detail, detail=detail)
-            elif key not in seen:
-                yield Check(part="lineage", name=f"{each.use}: {each.file}", passed=None, detail="not at hand")
-        else:
-            key = (each.role, each.model)
-            if key not in seen:
-                yield from _parent(each, base if each in lineage.parents and each.role == "base" else None, digests)
+        key = ("data", each.file) if isinstance(each, DataFile) else (each.role, each.model)
+        if key in seen:
+            continue
         seen.add(key)
+        if isinstance(each, DataFile):
+            yield _data_file(each, digests)
+        else:
+            yield from _parent(each, base if each in lineage.parents and each.role == "base" else None, digests)
+
+
+def _data_file(file: DataFile, digests: _Digests) -> Check:
+    name, path = f"{file.use}: {file.file}", Path(file.file)
+    if not path.is_file():
+        return Check(part="lineage", name=name, passed=None, detail="not at hand")
+    return _hashed("lineage", name, path, file.sha256, digests)
 
 
 def _parent(parent: Parent, elsewhere: str | None, digests: _Digests) -> Iterator[Check]:
