@@ -122,7 +122,7 @@ def certify(
         tolerances: dict[ExecutorKind, Tolerance] = {maker: Tolerance(measured=0.0, allowed=NOISE)}
         for kind, activations in others:
             try:
-                measured = [kl for kl, _ in _replayed(subject, passages, kind, activations, lambda: advance(nbytes))]
+                measured = list(_replayed(subject, passages, kind, activations, lambda: advance(nbytes)))
             except ConfigError:  # an executor that cannot run this model has no tolerance
                 continue
             executor = "native" if activations == "q8" else kind
@@ -187,12 +187,12 @@ def _replayed(
     kind: ExecutorKind,
     activations: Activations,
     done: Callable[[], object],
-) -> Iterator[tuple[float, int]]:
-    """As `Runner.divergence`, of each passage."""
+) -> Iterator[float]:
+    """The divergence of each passage."""
     context = max((len(passage.tokens) for passage in passages), default=1)
     with Runner(kind, subject.files, subject.adapter, context=context, activations=activations) as runner:
         for passage in passages:
-            yield runner.divergence(passage)
+            yield runner.divergence(passage)[0]
             done()
 
 
