@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from dapji.proof.record import NAME, read_part, write_parts
+from dapji.proof.record import read_part, write_parts
 from dapji.weights import store
 from dapji.weights.adapter_file import CONFIG_NAME, TENSORS_NAME, is_adapter
 from dapji.weights.checkpoint import open_checkpoint
-from dapji.weights.sources_base import Progress, gguf_shards, model_files, sha256_file
+from dapji.weights.sources_base import RECORD, Progress, gguf_shards, model_files, sha256_file
 from dapji.weights.summary import folder_licence, licence_of
 
 Kind: TypeAlias = Literal["new", "tune", "merge", "quantize", "convert", "distill"]
@@ -122,7 +122,7 @@ def model_paths(path: Path) -> Mapping[str, Path]:
     names = [each.relative_to(path).as_posix() for each in found if each.is_file()]
     if is_adapter(path):
         return {name: path / name for name in (CONFIG_NAME, TENSORS_NAME) if name in names}
-    return {name: path / name for name in model_files(names, str(path)) if not name.endswith(NAME)}
+    return {name: path / name for name in model_files(names, str(path)) if not name.endswith(RECORD)}
 
 
 def file_hashes(path: Path, progress: Progress | None = None) -> dict[str, str]:

@@ -17,8 +17,7 @@ import msgspec
 
 from dapji.errors import FormatError
 from dapji.weights.files import replacing
-
-NAME = "dapji.json"
+from dapji.weights.sources_base import RECORD
 
 _LARGEST = 64 << 20
 """Bytes; what is written has some ten thousand."""
@@ -40,7 +39,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def record_path(path: Path) -> Path:
     """Where the record of a folder, or of a file (of a split GGUF the first), lies."""
-    return path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
+    return path / RECORD if path.is_dir() else path.with_name(f"{path.name}.{RECORD}")
 
 
 def has_part(path: Path, part: Part) -> bool:

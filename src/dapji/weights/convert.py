@@ -32,7 +32,7 @@ from dapji.weights.gguf import Encoded, Metadata, Value, write_gguf
 from dapji.weights.quantize import quantize
 from dapji.weights.safetensors import INDEX_NAME, write_shards
 from dapji.weights.schemes import SCHEMES, choose_formats
-from dapji.weights.sources_base import model_files
+from dapji.weights.sources_base import RECORD, model_files
 from dapji.weights.summary import folder_licence
 
 FLOATS = ("F32", "F16", "BF16")
@@ -199,7 +199,7 @@ def _copy_companions(source: Path, target: Path) -> None:
     """What a folder holds beside configuration and weights, but for dapji.json, which tells of these very weights."""
     names = [path.relative_to(source).as_posix() for path in source.rglob("*")]
     for name in {*model_files(names, str(source)), *({"README.md"} & set(names))}:
-        if name not in ("config.json", "dapji.json") and not name.endswith((".safetensors", INDEX_NAME)):
+        if name not in ("config.json", RECORD) and not name.endswith((".safetensors", INDEX_NAME)):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 

@@ -137,6 +137,9 @@ def checked_file_name(name: str) -> str:
     return name
 
 
+RECORD = "dapji.json"
+"""What a folder's file is called that says where the model came from (docs/proof.md)."""
+
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 _LAYOUT = re.compile(
@@ -146,7 +149,7 @@ _LAYOUT = re.compile(
     r"|chat_template\.(jinja|json)"
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*"
     r"|modules\.json|config_sentence_transformers\.json|sentence_bert_config\.json"
-    r"|dapji\.json"
+    rf"|{re.escape(RECORD)}"
 )
 """What a folder in the Hugging Face layout holds beside its safetensors."""
 
@@ -167,8 +170,8 @@ def gguf_shards(name: str) -> list[str]:
 
 
 def record_name(gguf: str) -> str:
-    """Of what lies beside a GGUF file, of a split one the first, and says where it came from (docs/proof.md)."""
-    return f"{gguf_shards(gguf)[0]}.dapji.json"
+    """What it is called beside a GGUF file, of a split one the first."""
+    return f"{gguf_shards(gguf)[0]}.{RECORD}"
 
 
 def local_name(name: str) -> str:

@@ -37,6 +37,7 @@ from dapji.errors import (
 from dapji.weights import catalogue
 from dapji.weights.sources_base import (
     FULL_ERRNOS,
+    RECORD,
     STORAGE_ERRNOS,
     DeliveredFile,
     Delivery,
@@ -49,8 +50,6 @@ from dapji.weights.sources_base import (
     sha256_file,
 )
 from dapji.weights.store_lock import locked
-
-RECORD = "dapji.json"
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
