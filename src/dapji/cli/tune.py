@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -112,7 +113,8 @@ class _Shown:
         self._bar: Any = None
         self.first = False
         """Whether this is the process that is told of the run."""
-        self._steps: list[Mapping[str, Any]] = []  # since the command began
+        self._losses: list[float] = []  # of each step since the command began
+        self._lately: deque[Mapping[str, Any]] = deque(maxlen=_LATELY)
 
     def prepare(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -153,16 +155,16 @@ class _Shown:
             with self._bar.external_write_mode(file=sys.stderr):
                 click.echo(click.style(line, fg="green"), err=True, color=wants_colour())
         else:
-            self._steps.append(metrics)
-            lately = self._steps[-_LATELY:]
+            self._losses.append(metrics["loss"])
+            self._lately.append(metrics)
             own = _own({name: value for name, value in metrics.items() if name != "bits_per_byte"})  # as the loss goes
-            parts = [f"loss {metrics['loss']:.4f}{own}", self._curve(), f"{_speed(lately):.0f} tok/s"]
-            self._bar.set_postfix_str("  ".join([*filter(None, parts), _gigabytes(lately)]), refresh=False)
+            parts = [f"loss {metrics['loss']:.4f}{own}", self._curve(), f"{_speed(self._lately):.0f} tok/s"]
+            self._bar.set_postfix_str("  ".join([*filter(None, parts), _gigabytes(self._lately)]), refresh=False)
             self._bar.update()
 
     def _curve(self) -> str:
         """The loss so far, as a line of blocks; nothing where the terminal has none."""
-        losses = [metrics["loss"] for metrics in self._steps]
+        losses = self._losses
         if len(losses) < _CURVE or "utf" not in (sys.stderr.encoding or "").lower():
             return ""
         cuts = [i * len(losses) // _CURVE for i in range(_CURVE + 1)]
