@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapji.cli.console import visible, wants_colour
+from dapji.cli.options import separator_option
 
 if TYPE_CHECKING:
     from dapji.training.data.report import Report, Shown
@@ -48,7 +49,7 @@ def command() -> None:
     help="Look for its rows in FILES.",
 )
 @click.option("--format", "convention", help="The files' convention [default: told by their fields].")
-@click.option("--separator", help="The line between two texts of a text file [default: a file is one text].")
+@separator_option
 @click.option("--context", type=click.IntRange(1), help="Longest sequence in tokens [default: the model's].")
 @click.option("--truncate", is_flag=True, help="Cut longer ones at their end instead of refusing them.")
 @click.option("--show", type=click.IntRange(0), default=3, show_default=True, help="Examples to show with their masks.")

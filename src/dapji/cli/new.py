@@ -9,13 +9,15 @@ from typing import Any
 
 import click
 
+from dapji.cli.options import separator_option
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--tokenizer", help="Take that of this model instead: a name of `dapji list`, or a path.")
 @click.option("--vocab-size", type=click.IntRange(260), help="Tokens of the new tokenizer [default: 4096].")
-@click.option("--separator", help="The line between two texts of a text file [default: a file is one text].")
+@separator_option
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Decides all sizes not given.")
 @click.option("--dim", type=click.IntRange(2), help="Width [default: 64 for each layer].")
 @click.option("--heads", type=click.IntRange(1), help="Query heads [default: one for each 64 of the width].")

@@ -13,6 +13,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 SMALL_MODEL = "smollm2-135m"
 
+EXECUTORS = click.Choice(["native", "torch", "reference"])
+
 SAMPLING: dict[str, tuple[type, str]] = {
     "temperature": (float, "0: always the likeliest token."),
     "top_p": (float, "Keep the likeliest tokens up to this mass."),
@@ -64,13 +66,17 @@ def executor_options(command: F) -> F:
         click.option("--threads", type=click.IntRange(1), help="native: threads [default: all processors]."),
         click.option(
             "--executor",
-            type=click.Choice(["native", "torch", "reference"]),
+            type=EXECUTORS,
             help="What computes [default: native where it was built, else reference].",
         ),
     ):
         command = option(command)
     return command
 
+
+separator_option = click.option(
+    "--separator", help="The line between two texts of a text file [default: a file is one text]."
+)
 
 context_option = click.option(
     "--context", type=click.IntRange(1), help="Longest conversation in tokens [default: the model's, at most 8192]."

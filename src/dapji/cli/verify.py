@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dapji.cli.console import visible
+from dapji.cli.options import EXECUTORS
 
 if TYPE_CHECKING:
     from dapji.models.executor import ExecutorKind
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option(
     "--executor",
-    type=click.Choice(["native", "torch", "reference"]),
+    type=EXECUTORS,
     help="What replays the numbers [default: native where it was built, else reference].",
 )
 @click.option("--base", metavar="MODEL", help="What an adapter is for, if it lies elsewhere than its lineage says.")
