@@ -246,12 +246,12 @@ PLAIN = _Show("{:.4f}", "{:+.4f}")
 
 
 def _print(result: Result, as_json: bool) -> None:
-    import msgspec
+    from dapji.evaluation.result import encoded
 
     for told in _cut(result):
         click.echo(click.style(told, fg="yellow"), err=True, color=wants_colour())
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
+        sys.stdout.write(encoded(result).decode())
         return
     show = PERCENT if result.kind == "exam" else PLAIN
     rows = _rows("score", result, show) if result.kind == "exam" else []  # a task's is one of its metrics

@@ -148,10 +148,15 @@ def group(items: Sequence[Item], field: str) -> dict[str, Comparison]:
     return {value: compare(found[value]) for value in sorted(found)}
 
 
+def encoded(result: Result) -> bytes:
+    """JSON for programs and people, with a newline at its end."""
+    return msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
+
+
 def write_result(path: Path, result: Result) -> None:
     """Raises UsageError where the disk refuses."""
     with replacing(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        file.write(encoded(result))
 
 
 def read_result(path: Path) -> Result:
