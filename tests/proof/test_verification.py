@@ -274,7 +274,7 @@ def test_a_certificate_is_renewed_or_goes(model: Path) -> None:
         list(verify(model))
 
 
-def test_the_day_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_day_does_not_count(tmp_path: Path) -> None:
     """Some templates write it into every conversation."""
     template = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}\n{% endfor %}"
     path = write_tiny(tmp_path / "m.gguf", ["x"], template=template)
