@@ -12,7 +12,7 @@ from in_process import Dapji
 
 from dapji.evaluation.bootstrap import paired_difference, proportion
 from dapji.evaluation.result import read_result
-from tiny import ANSWER, write_adapter
+from tiny import ANSWER, SCRIPT, write_adapter, write_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OTHER = "안녕하세요!입니다. 🎉"
@@ -104,6 +104,9 @@ def test_contexts_that_are_too_long(tiny: Path, dapji: Dapji, tmp_path: Path) ->
     shown = dapji("eval", tiny, "--task", task)
     assert "4 requests were too long and lost the beginning of their context\n" in shown.err
     assert "0.5000" in shown.out
+    roomy = write_tiny(tmp_path / "roomy.gguf", SCRIPT, max_context=8192)
+    shown = dapji("eval", roomy, "--task", task, "--against", tiny)
+    assert "4 requests to the other model were too long and lost the beginning of their context\n" in shown.err
 
 
 @pytest.mark.parametrize(

@@ -270,8 +270,9 @@ def _cut(result: Result) -> Iterator[str]:
     for whose, cut in (("", [item.truncated for item in result.items]), (" of the other model", before)):
         if any(cut):
             yield f"{sum(cut)} of {len(cut)} answers{whose} were cut off at {result.settings['max_tokens']} tokens"
-    if any(result.settings.get(name) for name in ("contexts_cut", "before_contexts_cut")):
-        yield f"{result.settings['contexts_cut']} requests were too long and lost the beginning of their context"
+    for whose, name in (("", "contexts_cut"), (" to the other model", "before_contexts_cut")):
+        if count := result.settings.get(name):
+            yield f"{count} requests{whose} were too long and lost the beginning of their context"
 
 
 def _rows(name: str, found: Result | Comparison, show: _Show) -> list[list[str]]:
