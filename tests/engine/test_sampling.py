@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process
 
 from dapji.engine.request import Sampling
-from dapji.engine.sampling import Sampler, distribution, log_probability, logprobs, top_indices
+from dapji.engine.sampling import Sampler, distribution, log_probabilities, log_probability, logprobs, top_indices
 from dapji.errors import FormatError
 
 V = 500
@@ -190,6 +190,7 @@ def test_logprobs_equal_a_float64_softmax() -> None:
     targets = np.array([0, 17, 4999, 17], dtype=np.int32)
     # The exponentials are float32 (half an ulp each, 6e-8), the logits' differences too (2e-7 at 10).
     np.testing.assert_allclose(log_probability(logits, targets), exact[range(4), targets], atol=1e-6)
+    np.testing.assert_allclose(log_probabilities(logits), exact, rtol=0, atol=1e-12)
     found = logprobs(logits[1], 17, 5)
     order = np.argsort(-exact[1])[:5]
     assert [token for token, _ in found.top] == order.tolist()

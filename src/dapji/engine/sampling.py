@@ -137,6 +137,14 @@ def log_probability(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> 
     return result
 
 
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Natural log of softmax(logits), [R, V], all in float64: divergences are small differences of numbers near 1."""
+    values = logits.astype(np.float64)
+    values -= values.max(axis=-1, keepdims=True)
+    values -= np.log(np.exp(values).sum(axis=-1, keepdims=True))
+    return values
+
+
 def logprobs(logits: NDArray[np.float32], chosen: int, n_top: int) -> Logprobs:
     """Log-probability of `chosen` and of the n_top likeliest under softmax(logits [V])."""
     top = top_indices(logits, n_top) if n_top else np.empty(0, dtype=np.intp)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dapji.engine.sampling import log_probabilities
 from dapji.errors import FormatError
 from dapji.files import Files
 from dapji.models.adapter import Adapter
@@ -111,10 +112,10 @@ def _judged(text: Text, start: int, source: Executor, model: Executor, adapters:
     places = start + np.flatnonzero(text.judged[start + 1 : end + 1])
     labels = text.ids[places + 1]
     logits = source.step(_batch(text, start, end, places, adapters))  # of the same rows, without and with the adapter
-    p = _log_softmax(logits[len(logits) - len(labels) :])
+    p = log_probabilities(logits[len(logits) - len(labels) :])
     taken = np.arange(len(labels)), labels
-    losses = [-_log_softmax(logits[: len(labels)])[taken], -p[taken]]
-    q = _log_softmax(model.step(_batch(text, start, end, places, [0])))
+    losses = [-log_probabilities(logits[: len(labels)])[taken], -p[taken]]
+    q = log_probabilities(model.step(_batch(text, start, end, places, [0])))
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     return np.stack([*losses, -q[taken], kl, p.argmax(axis=1) == q.argmax(axis=1)], axis=1)
 
@@ -131,11 +132,3 @@ def _batch(text: Text, start: int, end: int, places: NDArray[np.intp], adapters:
         rows=np.concatenate([places - start + i * n for i in range(n_sequences)]).astype(np.int32),
         adapters=np.array(adapters, dtype=np.int32),
     )
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[R, V], in float64: a divergence of 1e-6 is a difference of numbers near 1."""
-    values = logits.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
-    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
-    return values

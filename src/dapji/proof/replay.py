@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dapji.engine.sampling import log_probabilities
 from dapji.errors import FormatError, RequestError
 from dapji.files import Files
 from dapji.models.adapter import Adapter
@@ -99,10 +100,7 @@ class Runner:
         if adapter:
             batch = dataclasses.replace(batch, adapters=np.array([self._adapter], dtype=np.int32))
         with np.errstate(all="ignore"):  # what a damaged weight gives is compared like any other number
-            logits: Floats = self._executor.step(batch).astype(np.float64)
-            logits -= logits.max(axis=-1, keepdims=True)
-            logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-        return logits
+            return log_probabilities(self._executor.step(batch))
 
     def passage(self, name: str, prompt: Sequence[int], *, adapter: bool, answer: int, vocab_size: int) -> Passage:
         """With the model's own answer to the prompt. answer: how many tokens. vocab_size: ids from here on are
