@@ -16,7 +16,7 @@ from test_tune import LORA, base_in_transformers, exact, interrupt_at, lines
 
 import tiny_training as tiny
 from dapji.errors import ContextError
-from dapji.model import open_files
+from dapji.files import open_files
 from dapji.training.data.encoding import Encoder
 from dapji.training.data.reading import Reader
 from dapji.training.samples import Reservoir, question_of

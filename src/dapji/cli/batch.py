@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dapji.cli.options import DEFAULT_MODEL, context_option, executor_options, kv_memory_option, speculate_option
+from dapji.cli.options import (
+    DEFAULT_MODEL,
+    check_new_file,
+    context_option,
+    executor_options,
+    kv_memory_option,
+    speculate_option,
+)
 from dapji.cli.serve import extra_installed
 from dapji.errors import DapjiError, RequestError, UsageError
 
@@ -74,8 +81,7 @@ def command(
     from dapji.weights import store
 
     file.stat()  # raises where there is none
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already", hint="--force replaces it")
+    check_new_file(output, force=force)
     names = models or [record.name for record in store.installed()]
     if not names:
         raise UsageError("no model is installed", hint=f"dapji pull {DEFAULT_MODEL}")

@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from dapji.cli.console import wants_colour
+from dapji.cli.options import EXECUTORS, check_new_file
 
 if TYPE_CHECKING:
     from dapji.evaluation.divergence import Divergence, Text
@@ -37,7 +38,7 @@ def evaluate_options(command: F) -> F:
     for option in (
         click.option(
             "--executor",
-            type=click.Choice(["native", "torch", "reference"]),
+            type=EXECUTORS,
             help="What computes for --evaluate [default: native where it was built].",
         ),
         click.option(
@@ -67,13 +68,12 @@ def check_evaluation(paths: Sequence[Path], executor: ExecutorKind | None) -> No
 
 def check_target(out: Path, *, force: bool) -> None:
     """Raises UsageError where something is at `out` that may not be replaced: before anything takes its time."""
-    from dapji.errors import UsageError
     from dapji.weights.files import check_new_folder
 
     if out.suffix != ".gguf":
         check_new_folder(out)
-    elif out.exists() and not force:
-        raise UsageError(f"{out} exists already", hint="--force replaces it")
+    else:
+        check_new_file(out, force=force)
 
 
 def write(

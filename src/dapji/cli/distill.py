@@ -9,6 +9,7 @@ import click
 
 from dapji.cli.options import (
     adapter_option,
+    check_new_file,
     context_option,
     executor_options,
     given_sampling,
@@ -16,7 +17,6 @@ from dapji.cli.options import (
     sampling_options,
     speculate_option,
 )
-from dapji.errors import UsageError
 
 
 @click.command()
@@ -66,8 +66,7 @@ def command(teacher: str, prompts: Path, output: Path, n: int, force: bool, kv_m
     from dapji.training.answers import write_answers
     from dapji.weights.sources_base import sha256_file
 
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already", hint="--force replaces it")
+    check_new_file(output, force=force)
     sampling = given_sampling(values)
     own: dict[str, Any] = {name: sampling.pop(name) for name in ("seed", "max_tokens") if name in sampling}
     with (

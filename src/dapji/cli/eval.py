@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from dapji.cli.console import wants_colour
-from dapji.cli.options import adapter_option, context_option, executor_options, kv_memory_option
+from dapji.cli.options import adapter_option, check_new_file, context_option, executor_options, kv_memory_option
 from dapji.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def command(
     if (exam is None) == (task is None):
         raise click.UsageError("give either EXAM or --task")
     _refuse(ctx, TASK_OPTIONS if task is None else EXAM_OPTIONS, "--task" if task is None else "EXAM")
-    if output is not None and output.exists() and not force:
-        raise UsageError(f"{output} exists already", hint="--force replaces it")
+    if output is not None:
+        check_new_file(output, force=force)
 
     def candidate(name: str, path: Path | None = None) -> Candidate:
         from dapji.evaluation.exam import Candidate

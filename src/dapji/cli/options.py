@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from dapji.errors import UsageError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
@@ -106,3 +108,9 @@ speculate_option = click.option(
     default=True,
     help="Compute no tokens ahead where a text repeats itself; the answer is the same.",
 )
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Raises UsageError where something is at `path` that may not be replaced."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already", hint="--force replaces it")
