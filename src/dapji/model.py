@@ -620,6 +620,12 @@ class AsyncReply(_Answer):
                 return
             self._read(output)
 
+    async def whole(self) -> Self:
+        """Itself, when it has ended."""
+        async for _ in self.events():
+            pass
+        return self
+
     async def aclose(self) -> None:
         """End the generation now."""
         await self._stream.aclose()

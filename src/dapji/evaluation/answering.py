@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,6 +19,8 @@ from dapji.errors import ContextError, DapjiError
 from dapji.evaluation.kept import Kept
 from dapji.evaluation.questions import Question, text_of
 from dapji.model import AsyncReply, Model, Prepared
+
+T = TypeVar("T")
 
 VERDICTS = ("yes", "no")
 
@@ -69,16 +71,15 @@ def ask(
         return model.prepare_chat(question.prompt, tools=question.tools or None, **options)
 
     async def answer(question: Question, ready: Prepared) -> None:
-        reply = await _read(model, ready)
+        reply = await AsyncReply(model.engine, ready).whole()
         assert reply.finish is not None
         calls = [f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in reply.tool_calls]
         text = "\n".join(filter(None, [reply.text, *calls]))
         kept.add(Answer(row=question.line, text=text, truncated=reply.finish.reason == "length"))
-        progress()
 
     missing = [question for question in questions if question.line not in kept.rows]
     ready = [_fitting(model, question, prepared) for question in missing]
-    _together(answer(question, each) for question, each in zip(missing, ready, strict=True))
+    together([answer(question, each) for question, each in zip(missing, ready, strict=True)], progress)
 
 
 def grade(
@@ -104,7 +105,7 @@ def grade(
         )
 
     async def verdict(question: Question, ready: Prepared) -> None:
-        reply = await _read(judge, ready)
+        reply = await AsyncReply(judge.engine, ready).whole()
         assert reply.finish is not None
         word = reply.text.strip()
         if word not in VERDICTS:
@@ -119,11 +120,31 @@ def grade(
             log_probs[each] = float((await judge.engine.ascore(tokens, start=len(before))).chosen.sum())
         probability = math.exp(log_probs[word] - np.logaddexp(log_probs["yes"], log_probs["no"]))
         kept.add(Verdict(row=question.line, passed=word == "yes", probability=probability))
-        progress()
 
     missing = [question for question in questions if question.grade is not None and question.line not in kept.rows]
     ready = [_fitting(judge, question, prepared) for question in missing]
-    _together(verdict(question, each) for question, each in zip(missing, ready, strict=True))
+    together([verdict(question, each) for question, each in zip(missing, ready, strict=True)], progress)
+
+
+def together(work: Sequence[Coroutine[Any, Any, T]], progress: Callable[[], object]) -> list[T]:
+    """Runs all at once; the results in order. progress: called after each. Raises the first error, or
+    KeyboardInterrupt, when all have ended.
+    """
+
+    async def counted(each: Coroutine[Any, Any, T]) -> T:
+        result = await each
+        progress()
+        return result
+
+    async def run() -> list[T]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(counted(each)) for each in work]
+        return [task.result() for task in tasks]
+
+    try:
+        return asyncio.run(run())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _to_judge(question: Question, answer: str) -> str:
@@ -151,13 +172,6 @@ def _before(judge: Model, tokens: Sequence[int], word: str) -> Sequence[int]:
     return tokens[:start]
 
 
-async def _read(model: Model, ready: Prepared) -> AsyncReply:
-    reply = AsyncReply(model.engine, ready)
-    async for _ in reply.events():
-        pass
-    return reply
-
-
 def _fitting(model: Model, question: Question, prepared: Callable[[Question], Prepared]) -> Prepared:
     """Raises what is wrong with a request, with the question's line, and ContextError where it has no room."""
     try:
@@ -172,17 +186,3 @@ def _fitting(model: Model, question: Question, prepared: Callable[[Question], Pr
     except DapjiError as error:
         raise type(error)(f"line {question.line}: {error.message}", hint=error.hint) from error
     return ready
-
-
-def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Runs all at once, and raises the first error, or KeyboardInterrupt, when all have ended."""
-
-    async def run() -> None:
-        async with asyncio.TaskGroup() as group:
-            for each in work:
-                group.create_task(each)
-
-    try:
-        asyncio.run(run())
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None

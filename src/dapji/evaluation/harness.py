@@ -6,8 +6,8 @@ is cut where a text is too long, and where long ones are divided, so that scores
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dapji.errors import UsageError
+from dapji.evaluation.answering import together
 from dapji.model import AsyncReply, Model
 
 T = TypeVar("T")
@@ -136,30 +137,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
                 )
             self.cut += len(ids) > room
             ready = self._model.prepare_completion(ids[-room:], max_tokens=max_tokens, stop=stop, **options)
-            reply = AsyncReply(self._model.engine, ready)
-            async for _ in reply.events():
-                pass
-            return reply.text
+            return (await AsyncReply(self._model.engine, ready).whole()).text
 
         return self._together("answering", [answer(*request.args) for request in requests])
 
     def _together(self, what: str, work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         """The results in order. Raises the first error."""
-        done = 0
-
-        async def counted(each: Coroutine[Any, Any, T]) -> T:
-            nonlocal done
-            result = await each
-            done += 1
-            self._progress(what, done, len(work))
-            return result
-
-        async def run() -> list[T]:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(counted(each)) for each in work]
-            return [task.result() for task in tasks]
-
-        try:
-            return asyncio.run(run())
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        done = count(1)
+        return together(work, lambda: self._progress(what, next(done), len(work)))

@@ -38,7 +38,7 @@ class Answers:
 
     async def end(self) -> None:
         """Waits until all have ended. Raises what ended one, if it was an error."""
-        await asyncio.gather(*map(_read, self.replies))
+        await asyncio.gather(*(reply.whole() for reply in self.replies))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +47,6 @@ class Vectors:
     """[n, D]"""
     n_tokens: int
     """Of all texts."""
-
-
-async def _read(reply: AsyncReply) -> None:
-    async for _ in reply.events():
-        pass
 
 
 class Service:
