@@ -21,6 +21,14 @@ from dapji.errors import TemplateError
 Message = Mapping[str, Any]
 
 
+def text_of(message: Message) -> str:
+    """Its content, of parts their texts."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One answer of a conversation."""
@@ -240,11 +248,7 @@ class Turns:
 
 
 def _text(message: Message) -> str:
-    """The content without white space at its ends, of parts their texts."""
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
-    return content.strip()
+    return text_of(message).strip()
 
 
 def _reasoning(message: Message) -> str:

@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 
 from dapji.chat.grammar import Grammar
+from dapji.chat.turn import text_of
 from dapji.errors import ContextError, DapjiError
 from dapji.evaluation.kept import Kept
-from dapji.evaluation.questions import Question, text_of
+from dapji.evaluation.questions import Question
 from dapji.model import AsyncReply, Model, Prepared
 
 T = TypeVar("T")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from dapji.chat.turn import text_of
 from dapji.errors import FormatError
 from dapji.evaluation.checks import CHECKS, Check, make_check
 
@@ -91,12 +92,6 @@ def read_exam(path: Path) -> list[Question]:
     if not questions:
         raise FormatError(f"{path}: there is no question")
     return questions
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """What a message says."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _question(number: int, line: bytes) -> Question:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from dapji.chat import ChatTemplate
+from dapji.chat.turn import text_of
 from dapji.errors import ContextError
 from dapji.files import Files
 from dapji.models.config import ModelConfig
@@ -93,10 +94,7 @@ def question_of(entry: Entry, tokenizer: Tokenizer) -> Question:
 
 def question_of_prompt(prompt: Prompt) -> Question:
     question = asked(prompt.row)
-    if not isinstance(question, str):
-        content = question[0][-1].get("content", "")
-        question = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return Question(ids=prompt.ids, text=question)
+    return Question(ids=prompt.ids, text=question if isinstance(question, str) else text_of(question[0][-1]))
 
 
 def has_room(question: Question, settings: SamplesSettings, config: ModelConfig) -> bool:

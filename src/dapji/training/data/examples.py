@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dapji.chat.turn import text_of
+
 Message: TypeAlias = Mapping[str, Any]
 
 
@@ -29,7 +31,7 @@ class Conversation:
         for message in self.messages:
             if message["role"] in ("system", "developer"):
                 continue
-            found.append(_content(message))
+            found.append(text_of(message))
             for call in message.get("tool_calls", ()):
                 found.append(f"{call['function']['name']} {call['function']['arguments']}")
         return found
@@ -37,7 +39,7 @@ class Conversation:
     @property
     def asked(self) -> str:
         """By the last message of a user."""
-        return next((_content(message) for message in reversed(self.messages) if message["role"] == "user"), "")
+        return next((text_of(message) for message in reversed(self.messages) if message["role"] == "user"), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,3 @@ class Rated:
 
 
 Example: TypeAlias = Conversation | Text | Preference | Rated
-
-
-def _content(message: Message) -> str:
-    content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
