@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import msgspec
 
 from dapji.errors import FormatError, UsageError
-from dapji.weights.files import replacing
+from dapji.weights.files import replacing, whole_lines
 
 
 class Finished(Protocol):
@@ -49,8 +49,7 @@ class Kept(Generic[F]):
         self._file = None
         if path is None:
             return
-        whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]
+        whole = whole_lines(path)
         decoder = msgspec.json.Decoder(kind)
         try:
             self.rows = {each.row: each for each in decoder.decode_lines(whole)}

@@ -23,7 +23,7 @@ from dapji.errors import FormatError, UsageError
 from dapji.model import Model, Reply
 from dapji.training.data.prompts import PromptEntry, asked, read_prompts
 from dapji.training.data.reading import refusal
-from dapji.weights.files import replacing
+from dapji.weights.files import replacing, whole_lines
 
 _TOGETHER = 32
 """Answers at a time."""
@@ -111,9 +111,9 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> Path:
                 f"{folder}: of other prompts, another model or other options",
                 hint="remove it, or give what was given before",
             )
-        whole = lines.read_bytes()
+        whole = whole_lines(lines)
         with replacing(lines) as file:
-            file.write(whole[: whole.rfind(b"\n") + 1])
+            file.write(whole)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         lines.touch()

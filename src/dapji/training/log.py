@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 from dapji.training.report import METRICS, PAGE, SAMPLES, START, write_report
 from dapji.training.settings import Recipe
 from dapji.training.writers import Writer, open_writer
-from dapji.weights.files import replacing
+from dapji.weights.files import replacing, whole_lines
 
 _PAGE_EVERY = 30.0
 """Seconds between two writings of the page, beside those at each evaluation."""
@@ -77,13 +77,10 @@ class RunLog:
 
 
 def _cut(path: Path, step: int) -> None:
-    """To the whole lines of so many steps: the last of a run that was killed may be cut off."""
-    kept = b""
-    if step and path.exists():
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        kept = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+    """To the whole lines of so many steps."""
+    lines = whole_lines(path).splitlines(keepends=True) if step else []
     with replacing(path) as file:
-        file.write(kept)
+        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -172,6 +172,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def whole_lines(path: Path) -> bytes:
+    """Of a file that lines are added to, without a last one that was cut off. Nothing where there is no file."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `target` when the block ends without an exception.

@@ -13,6 +13,7 @@ import msgspec
 from dapji.errors import FormatError, UsageError
 from dapji.proof.lineage import Lineage, read_lineage
 from dapji.training.settings import Recipe, read_recipe
+from dapji.weights.files import whole_lines
 
 RECIPE, START, METRICS, SAMPLES = "recipe.toml", "run.json", "metrics.jsonl", "samples.jsonl"
 """Files of a run: all its settings; what is known before its first step; a line for each step and each evaluation; a
@@ -111,11 +112,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole ones: the last may be half written."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in whole_lines(path).splitlines()]
     except ValueError as error:
         raise FormatError(f"{path}: no JSON: {error}") from error
