@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 _VOID = frozenset({"meta"})
@@ -36,6 +36,12 @@ def h(tag: str, attributes: dict[str, object] | None = None, *children: Child) -
 def join(children: Iterable[Child]) -> Markup:
     """One after another."""
     return Markup("".join(_escaped(child) for child in children if child is not None))
+
+
+def table(head: Sequence[Child], rows: Sequence[Sequence[Child]]) -> Markup:
+    """Of cells, th and td; it is scrolled where it is wider than the page."""
+    body = h("tbody", None, *(h("tr", None, *row) for row in rows))
+    return h("div", {"class": "wide", "tabindex": 0}, h("table", None, h("thead", None, h("tr", None, *head)), body))
 
 
 def _escaped(child: str) -> str:

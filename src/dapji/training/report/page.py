@@ -18,7 +18,7 @@ from dapji.evaluation.bootstrap import Difference, Score
 from dapji.evaluation.result import Result
 from dapji.proof.lineage import DataFile, Lineage, Parent
 from dapji.training.report.curves import curves
-from dapji.training.report.markup import Child, Markup, h, join
+from dapji.training.report.markup import Child, Markup, h, join, table
 from dapji.training.report.plot import number
 from dapji.training.report.runs import RunRecord
 from dapji.training.report.texts import TEXTS, Language, Text, text
@@ -338,7 +338,7 @@ class _Page:
                 cells = ["" if score is None else show(score.value) for score in scores]
                 label = h("th", {"scope": "row"}, f"{field}: {name}")
                 rows.append([label, *(h("td", None, cell) for cell in (f"{found.score.n:,}", *cells))])
-        return _table([self._head(f"evaluation.{key}") for key in keys], rows)
+        return table([self._head(f"evaluation.{key}") for key in keys], rows)
 
     def _items(self, result: Result) -> Markup | None:
         if not result.items:
@@ -357,8 +357,8 @@ class _Page:
             )
         more = len(result.items) - len(shown)
         note = self._t("p", "evaluation.more", {"class": "note"}, n=f"{more:,}", file=result.file) if more else None
-        table = _table([self._head(f"evaluation.{key}") for key in keys], rows)
-        return h("details", None, self._t("summary", "evaluation.items"), table, note)
+        items = table([self._head(f"evaluation.{key}") for key in keys], rows)
+        return h("details", None, self._t("summary", "evaluation.items"), items, note)
 
     def _scored(self, answer: str, score: float) -> Iterable[Child]:
         right = score > 0
@@ -377,7 +377,7 @@ class _Page:
         if differ:
             yield self._t("h2", "differ")
             head = [self._head("setting"), *(h("th", {"scope": "col"}, run.name) for run in runs)]
-            yield _table(
+            yield table(
                 head,
                 [
                     [h("th", {"scope": "row"}, key), *(h("td", None, _value(_setting(run, key))) for run in runs)]
@@ -421,7 +421,7 @@ class _Page:
             else:
                 cells += ["–"] * 5
             rows.append([h("th", {"scope": "row"}, run.name), *(h("td", None, cell) for cell in cells)])
-        return _table([self._head(key) for key in keys], rows)
+        return table([self._head(key) for key in keys], rows)
 
     def _last_samples(self, run: RunRecord) -> list[tuple[str, Mapping[str, Any]]]:
         return [(run.name, group[-1]) for group in _by_sample(run.samples)]
@@ -447,11 +447,6 @@ def _static(name: str) -> str:
 
 def _hash(source: str) -> str:
     return f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'"
-
-
-def _table(head: Sequence[Child], rows: Sequence[Sequence[Child]]) -> Markup:
-    body = h("tbody", None, *(h("tr", None, *row) for row in rows))
-    return h("div", {"class": "wide", "tabindex": 0}, h("table", None, h("thead", None, h("tr", None, *head)), body))
 
 
 def _by_sample(samples: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

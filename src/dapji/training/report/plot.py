@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dapji.training.report.markup import Markup, h, join
+from dapji.training.report.markup import Child, Markup, h, join, table
 from dapji.training.report.texts import Language, Text, text
 
 _WIDTH, _HEIGHT = 560, 250
@@ -209,28 +209,18 @@ def _table(series: Sequence[Series], language: Language) -> Markup:
     every = -(-len(steps) // _LISTED)
     rows = [step for i, step in enumerate(steps) if i % every == 0 or step in few or step == steps[-1]]
     columns = [{point.step: point.value for point in each.points} for each in series]
-    head = [text("step").element("th", language, {"scope": "col"})]
+    head: list[Child] = [text("step").element("th", language, {"scope": "col"})]
     head += [_element("th", each.name, language, {"scope": "col"}) for each in series]
     body = [
-        h(
-            "tr",
-            None,
+        [
             h("th", {"scope": "row"}, f"{step:,}"),
             *(h("td", None, number(column[step]) if step in column else "") for column in columns),
-        )
+        ]
         for step in rows
     ]
     note = text("table.every", n=str(every)).element("small", language) if every > 1 else None
-    return h(
-        "details",
-        None,
-        h("summary", None, text("table").element("span", language), " ", note),
-        h(
-            "div",
-            {"class": "wide", "tabindex": 0},
-            h("table", None, h("thead", None, h("tr", None, *head)), h("tbody", None, *body)),
-        ),
-    )
+    summary = h("summary", None, text("table").element("span", language), " ", note)
+    return h("details", None, summary, table(head, body))
 
 
 def _element(tag: str, name: Text | str, language: Language, attributes: dict[str, object] | None = None) -> Markup:
