@@ -37,8 +37,6 @@ class Series:
     colour: int = 0
     kind: Literal["line", "faint", "marked", "level"] = "line"
     """marked: a dot for each of few points. level: one value, dashed all over the plot; neither in legend nor table."""
-    listed: bool = True
-    """In the table, and at the pointer."""
 
 
 def plot(
@@ -62,7 +60,7 @@ def plot(
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / (high - low))
 
-    listed = [each for each in series if each.listed and each.kind != "level"]
+    listed = [each for each in series if each.kind != "level"]
     told = [_told(each) for each in listed]
     svg = h(
         "svg",

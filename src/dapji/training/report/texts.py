@@ -20,7 +20,6 @@ TEXTS: Mapping[Language, Mapping[str, str]] = {
         "language.other": "한국어",
         "theme": "Light or dark",
         "reload": "Keep loading again",
-        "title": "Training run",
         "title.several": "{n} runs compared",
         "state.begun": "Begun: {steps} steps to go.",
         "state.running": "Running: step {step} of {steps}, about {left} left.",
@@ -87,7 +86,6 @@ TEXTS: Mapping[Language, Mapping[str, str]] = {
         "series.both": "{name}, {kind}",
         "series.said": "{name}: first {first}, last {last}, from {low} to {high}.",
         "step": "Step",
-        "steps": "steps",
         "table": "Values",
         "table.every": "one step in {n}",
         "nothing.yet": "There are no numbers yet.",
@@ -154,7 +152,6 @@ TEXTS: Mapping[Language, Mapping[str, str]] = {
         "language.other": "English",
         "theme": "밝게 또는 어둡게",
         "reload": "계속 다시 불러오기",
-        "title": "학습 실행",
         "title.several": "실행 {n}개 비교",
         "state.begun": "시작함: 모두 {steps}단계.",
         "state.running": "실행 중: {steps}단계 중 {step}단계, 약 {left} 남음.",
@@ -221,7 +218,6 @@ TEXTS: Mapping[Language, Mapping[str, str]] = {
         "series.both": "{name}, {kind}",
         "series.said": "{name}: 처음 {first}, 마지막 {last}, 범위 {low}부터 {high}까지.",
         "step": "단계",
-        "steps": "단계",
         "table": "값",
         "table.every": "{n}단계마다",
         "nothing.yet": "아직 수치가 없습니다.",
@@ -301,10 +297,8 @@ class Text:
 
     def element(self, tag: str, language: Language, attributes: Mapping[str, object] | None = None) -> Markup:
         """That shows it, and tells the page's script which text it is."""
-        return h(tag, {**(attributes or {}), **self.attributes()}, self.said(language))
-
-    def attributes(self, name: str = "data-t") -> dict[str, object]:
-        return {name: json.dumps(self._plain(), ensure_ascii=False) if self.values else self.key}
+        which = json.dumps(self._plain(), ensure_ascii=False) if self.values else self.key
+        return h(tag, {**(attributes or {}), "data-t": which}, self.said(language))
 
     def _plain(self) -> list[object]:
         """The key and the values, of which texts are such lists again."""
