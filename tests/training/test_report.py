@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -19,7 +20,8 @@ from dapji.errors import FormatError, UsageError
 from dapji.evaluation.bootstrap import Difference, Score
 from dapji.evaluation.result import Comparison, Examined, Item, Result, write_result
 from dapji.proof.lineage import Role
-from dapji.training import report
+from dapji.training import log, report
+from dapji.training.log import RunLog
 from dapji.training.report import PAGE, write_report
 from dapji.training.report.plot import Point, nice_ticks, number, smoothed
 from dapji.training.report.texts import TEXTS
@@ -285,6 +287,29 @@ def test_a_run_that_goes_on_loads_its_page_again(tmp_path: Path) -> None:
     states = [re.findall(r'class="state (\w+)"', text) for text in pages]
     assert states == [["running"], ["running"], ["stopped"], ["done"]]
     assert ['http-equiv="refresh"' in text for text in pages] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("takes", "seconds"), [(0.1, 30), (3, 150)])
+def test_the_page_of_many_steps_takes_little_of_the_time(
+    takes: float, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = 1000.0, []
+
+    def write(path: Path, runs: Any, *, running: bool) -> None:
+        nonlocal now
+        written.append(now)
+        now += takes
+
+    monkeypatch.setattr(log, "write_report", write)
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now))
+    with RunLog(tmp_path, read_recipe(tiny.write_recipe(tmp_path))) as told:
+        told.begin({}, 0)
+        for step in range(1000):
+            now += 1
+            told.metrics({"step": step, "loss": 1.0})
+    gaps = [b - a for a, b in pairwise(written[:-1])]  # the last is that of the end
+    assert len(gaps) > 5
+    assert all(seconds < gap < seconds + 5 for gap in gaps)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
