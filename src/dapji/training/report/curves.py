@@ -35,12 +35,13 @@ def _of_one(run: RunRecord) -> Iterable[_Drawn]:
     for name in _method_metrics([run]):
         yield _title(name), _method(run, name), False
     yield text("plot.rate"), _line(run, "plot.rate", _of("learning_rate")), True
-    clip = run.recipe.optimizer.clip
-    level = [Series(name=text("series.clip"), points=[Point(line["step"], clip) for line in run.steps], kind="level")]
-    norms = _train(run, _of("gradient_norm"))
+    norms, clip = _train(run, _of("gradient_norm")), run.recipe.optimizer.clip
     # a level far above all that was seen would press them to the ground
     highest = max((point.value for each in norms for point in each.points), default=0.0)
-    yield text("plot.norm"), [*norms, *(level if 0 < clip <= 2 * highest else [])], True
+    if 0 < clip <= 2 * highest:
+        level = Series(name=text("series.clip"), points=[Point(run.steps[0]["step"], clip)], kind="level")
+        norms = [*norms, level]
+    yield text("plot.norm"), norms, True
     yield text("plot.speed"), _train(run, _speed), True
     yield text("plot.memory"), _line(run, "plot.memory", _gigabytes), True
 

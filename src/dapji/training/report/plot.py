@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from dapji.training.report.markup import Child, Markup, h, join, table
@@ -60,6 +60,7 @@ def plot(
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / (high - low))
 
+    drawn = [replace(each, points=_thin(each.points)) for each in series]
     listed = [each for each in series if each.kind != "level"]
     told = [_told(each) for each in listed]
     svg = h(
@@ -73,7 +74,7 @@ def plot(
         h("desc", {"id": f"{identity}-said"}, *(each.element("span", language) for each in told)),
         *(_grid(tick, y(tick)) for tick in ticks),
         *_step_labels(first, last, x),
-        *(_drawn(each, x, y) for each in series),
+        *(_drawn(each, x, y) for each in drawn),
         h("line", {"class": "cursor", "y1": _TOP, "y2": _HEIGHT - _BOTTOM, "visibility": "hidden"}),
     )
     legend = [
@@ -94,7 +95,9 @@ def plot(
         h("ul", {"class": "legend"}, *legend),
     )
     points = [
-        [[point.step, _rounded(point.value), number(point.value)] for point in _thin(each.points)] for each in listed
+        [[point.step, _rounded(point.value), number(point.value)] for point in each.points]
+        for each in drawn
+        if each.kind != "level"
     ]
     data = {"from": first, "to": last, "left": _LEFT / _WIDTH, "right": 1 - _RIGHT / _WIDTH, "series": points}
     return h(
@@ -175,10 +178,11 @@ def _class(series: Series) -> str:
 
 
 def _drawn(series: Series, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+    """series: of few points (`_thin`)."""
     if series.kind == "level":
         at = f"{y(series.points[0].value):.1f}"
         return h("line", {"class": "level", "x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": at, "y2": at})
-    places = [f"{x(point.step):.1f},{y(point.value):.1f}" for point in _thin(series.points)]
+    places = [f"{x(point.step):.1f},{y(point.value):.1f}" for point in series.points]
     line = h("polyline", {"class": f"{_class(series)} {series.kind}", "points": " ".join(places)})
     few = len(places) == 1 or (series.kind == "marked" and len(places) <= 60)
     dots = [
