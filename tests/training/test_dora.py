@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +14,10 @@ from test_trainer import CLOSE, oracle, oracle_losses, run
 from test_tune import RUN, base_in_transformers, held_out_loss, lines
 
 import tiny_training as tiny
-from dapji.ops.formats import FORMATS
-from dapji.ops.tensor import Tensor
-from dapji.training.network import Network, Stored
-from dapji.training.settings import LoraSettings, layer_matrices, read_recipe
+from dapji.training.network import Network
+from dapji.training.settings import LoraSettings, read_recipe
 from dapji.training.supervised import losses_of
 from dapji.training.tune import tune
-from dapji.weights.quantize import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 
@@ -102,23 +98,6 @@ def test_gradients_are_those_of_peft(dropout: float, monkeypatch: pytest.MonkeyP
         scale = want.abs().max()
         assert scale > 0
         torch.testing.assert_close(got[name] / scale, want / scale, **CLOSE, msg=name)
-
-
-def test_a_stored_base_gives_the_same_bits() -> None:
-    config, packed = tiny.config(), tiny.window([17, 40, 5])
-    stored: dict[str, Any] = {}
-    loaded: dict[str, Any] = {}
-    for name, values in tiny.weights(config).items():
-        loaded[name] = torch.tensor(values)
-        if name in layer_matrices(config) and values.shape[1] % 32 == 0:
-            data = quantize(values, FORMATS["Q8_0"])
-            tensor = Tensor(name=name, format=FORMATS["Q8_0"], shape=values.shape, source=data)
-            stored[name], loaded[name] = Stored(tensor, torch.device("cpu")), torch.tensor(tensor.float32())
-    networks = [Network(config, {**loaded, **some}, context=64, lora=LORA) for some in (stored, {})]
-    found = [gradients(network, [packed]) for network in networks]
-    assert any(name.endswith("_lora_magnitude") for name in found[0])
-    for name in found[0]:
-        assert torch.equal(found[0][name], found[1][name]), name
 
 
 def test_a_row_of_zeros_stays_one() -> None:

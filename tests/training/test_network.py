@@ -108,11 +108,17 @@ def test_dropout_is_for_training_alone() -> None:
     assert torch.equal(losses_of(network, packed), losses_of(network, packed))
 
 
-@pytest.mark.parametrize("targets", [[], ["attention.q"]])
-def test_a_stored_base_gives_the_same_bits(targets: list[str]) -> None:
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSettings(rank=4),
+        LoraSettings(rank=4, targets=["attention.q"]),
+        LoraSettings(rank=4, alpha=8, dora=True, targets=["q_proj", "v_proj", "down_proj"]),
+    ],
+)
+def test_a_stored_base_gives_the_same_bits(lora: LoraSettings) -> None:
     """Dequantised for each product, or once."""
-    config, lora = tiny.config(), LoraSettings(rank=4, targets=targets)
-    packed = tiny.window(LENGTHS)
+    config, packed = tiny.config(), tiny.window(LENGTHS)
     stored, loaded = {}, {}
     for name, values in tiny.weights(config).items():
         loaded[name] = torch.tensor(values)
@@ -122,5 +128,6 @@ def test_a_stored_base_gives_the_same_bits(targets: list[str]) -> None:
             stored[name], loaded[name] = Stored(tensor, torch.device("cpu")), torch.tensor(tensor.float32())
     assert len(stored) > 6
     found = [gradients(Network(config, {**loaded, **some}, context=64, lora=lora), [packed]) for some in (stored, {})]
+    assert any(name.endswith("_lora_magnitude") for name in found[0]) == lora.dora
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name]), name
