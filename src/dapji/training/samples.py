@@ -128,6 +128,7 @@ class Sampler:
         *,
         recipe: Recipe,
         files: Files,
+        tokenizer: Tokenizer,
         device: str,
         weights: Callable[[], Mapping[str, Tensor]],
     ) -> None:
@@ -137,7 +138,7 @@ class Sampler:
         self._files = files
         self._device = device
         self._weights = weights
-        self._tokenizer = files.tokenizer()
+        self._tokenizer = tokenizer
 
     def answers(self) -> list[dict[str, Any]]:
         """Of all questions, by the first rank; none from the others."""

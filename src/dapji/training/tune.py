@@ -132,7 +132,8 @@ def _run(
         raise ConfigError(
             f"run.dtype is {recipe.run.dtype!r}, but weights are trained in float32", hint="train an adapter ([lora])"
         )
-    questions = own_questions(recipe.samples, files.tokenizer(), files.config)
+    tokenizer = files.tokenizer()
+    questions = own_questions(recipe.samples, tokenizer, files.config)
     data = read_data(recipe, files, folder / DATA)
     questions += [Question(**question) for question in data.record["questions"]]
     network = Network(
@@ -164,12 +165,17 @@ def _run(
                 log.write_page(running=True)
 
         sampler = Sampler(
-            questions, recipe=recipe, files=files, device=str(device), weights=partial(output.gathered, network)
+            questions,
+            recipe=recipe,
+            files=files,
+            tokenizer=tokenizer,
+            device=str(device),
+            weights=partial(output.gathered, network),
         )
 
         trainer = Trainer(
             network,
-            make_method(recipe.method, bytes_of_tokens(files.tokenizer(), files.config.vocab_size)),
+            make_method(recipe.method, bytes_of_tokens(tokenizer, files.config.vocab_size)),
             sources.train,
             windows=sources.windows,
             optimizer=recipe.optimizer,
