@@ -7,7 +7,7 @@ neither rewards nor losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +37,12 @@ class Answer:
     """Of each of them, by the model that wrote it."""
     ended: bool
     """By itself, and not because it had become too long."""
+
+    def text(self, tokenizer: Tokenizer, *, continuation: bool = False) -> str:
+        """Without the token that ended it; continuation as `Tokenizer.decode` takes it."""
+        return tokenizer.decode(
+            [token for token in self.tokens if token not in tokenizer.stop_ids], continuation=continuation
+        )
 
 
 class Actor:
@@ -87,10 +93,9 @@ class Actor:
         *,
         max_tokens: int,
         seeds: Sequence[int] | None,
-        done: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
         """An answer to each prompt, drawn from the model's own distribution by its seed; without seeds, the likeliest
-        token in each place. done: called after each."""
+        token in each place."""
         engine, adapter = self._current()
         drawn = [Sampling(temperature=0.0)] * len(prompts) if seeds is None else [Sampling(seed=seed) for seed in seeds]
         streams = [
@@ -111,7 +116,6 @@ class Actor:
                     ended=finish is not None and finish.reason == "stop",
                 )
             )
-            done()
         return answers
 
     def score_by_base(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[NDArray[np.float32]]:

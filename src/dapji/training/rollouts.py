@@ -212,10 +212,10 @@ class Writing:
             max_tokens=self.settings.max_tokens,
             seeds=[seed for own in seeds for seed in own] if drawn else None,
         )
-        ends, found, rest = self.tokenizer.stop_ids, [], iter(answers)
+        found, rest = [], iter(answers)
         for prompt, number, own in zip(prompts, numbers, seeds, strict=True):
             group = list(islice(rest, len(own)))
-            texts = [self.tokenizer.decode([token for token in answer.tokens if token not in ends]) for answer in group]
+            texts = [answer.text(self.tokenizer) for answer in group]
             rewards, above = self.judge(prompt, group, texts)
             found.append(
                 _Group(

@@ -155,25 +155,21 @@ class Sampler:
                 max_tokens=self._recipe.samples.max_tokens,
                 seeds=None,
             )
-        ends = self._tokenizer.stop_ids
         return [
             {
                 "sample": number,
                 "prompt": question.text,
                 "expected": question.expected,
-                "answer": self._tokenizer.decode(
-                    [token for token in answer.tokens if token not in ends], continuation=True
-                ),
+                "answer": answer.text(self._tokenizer, continuation=True),
                 "ended": answer.ended,
             }
             for number, (question, answer) in enumerate(zip(self._questions, answers, strict=True))
         ]
 
     def _actor(self) -> Actor:
-        tensors = self._files.tensors
         return Actor(
             self._files.config,
-            {name: tensor for name, tensor in tensors.items() if not name.startswith("predictors.")},
+            self._files.tensors,
             self._tokenizer,
             lora=self._recipe.lora,
             context=max(len(question.ids) for question in self._questions) + self._recipe.samples.max_tokens,
