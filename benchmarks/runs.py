@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dapji.training.report import RunRecord
 from report import COLOURS, ROOT, chart, replace_section, run, table
 
 DATA = ROOT / "benchmarks" / "data" / "runs.json"
@@ -50,15 +51,17 @@ def measure(arguments: Namespace, results: dict[str, Any]) -> Iterator[None]:
 
 def collected(folder: Path, plot: Plot) -> dict[str, Any]:
     """Of a finished run."""
-    steps, held_out = [], []
-    seconds = tokens = 0.0
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
-        if "loss" in line:
-            steps.append(round(line[plot.step], 4))
-            seconds, tokens = seconds + line["seconds"], tokens + line["trained_tokens"]
-        elif plot.held_out in line and line["step"] >= plot.first:
-            held_out.append([line["step"], round(line[plot.held_out], 4)])
-    found = {"steps": steps, "held_out": held_out, "seconds": round(seconds), "trained_tokens": tokens}
+    record = RunRecord.read(folder)
+    found: dict[str, Any] = {
+        "steps": [round(line[plot.step], 4) for line in record.steps],
+        "held_out": [
+            [line["step"], round(line[plot.held_out], 4)]
+            for line in record.evaluations
+            if plot.held_out in line and line["step"] >= plot.first
+        ],
+        "seconds": round(record.seconds),
+        "trained_tokens": record.trained_tokens,
+    }
     for name, path in (("exam", folder.with_suffix(".json")), ("compared", folder.with_name("compared.json"))):
         if path.exists():
             found[name] = json.loads(path.read_text(encoding="utf-8"))

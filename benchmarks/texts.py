@@ -8,14 +8,13 @@ Losses are told in bits per byte of the held-out text. Figures of runs whose fol
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import report
+from dapji.training.report import RunRecord
 
 DATA = report.ROOT / "benchmarks" / "data" / "texts.json"
 DOCUMENT = report.ROOT / "docs" / "training.md"
@@ -26,22 +25,20 @@ LABELS = {"labels": "labels alone", "taught": "and a teacher"}
 
 def measure(arguments: Namespace, results: dict[str, Any]) -> Iterator[None]:
     for name in ("scratch", "distillation"):
-        out = report.ROOT / "runs" / name / "out"
-        for record in sorted(out.glob("*/metrics.jsonl")):
-            if (record.parent / "dapji.json").exists():
-                results.setdefault(name, {})[record.parent.name] = collected(record)
+        for path in sorted((report.ROOT / "runs" / name / "out").glob("*/metrics.jsonl")):
+            run = RunRecord.read(path.parent)
+            if run.state == "done":
+                results.setdefault(name, {})[path.parent.name] = collected(run)
                 yield
 
 
-def collected(path: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if "loss" in line]
+def collected(run: RunRecord) -> dict[str, Any]:
     bits = "evaluation_bits_per_byte"
     return {
-        "steps": [round(line["bits_per_byte"], 2) for line in steps],
-        "held_out": [[line["step"], round(line[bits], 4)] for line in lines if bits in line],
-        "trained_tokens": sum(line["trained_tokens"] for line in steps),
-        "seconds": round(sum(line["seconds"] for line in steps)),
+        "steps": [round(line["bits_per_byte"], 2) for line in run.steps],
+        "held_out": [[line["step"], round(line[bits], 4)] for line in run.evaluations if bits in line],
+        "trained_tokens": run.trained_tokens,
+        "seconds": round(run.seconds),
     }
 
 
