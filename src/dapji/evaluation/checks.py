@@ -196,4 +196,4 @@ CHECKS: Mapping[str, Callable[[Any], Passes]] = {
     "number": _number,
     "schema": _schema,
 }
-"""What a row may ask of its answer; `grade`, which a model judges, is in `grading`."""
+"""What a row may ask of its answer; `grade`, which a model judges, is in `answering`."""
