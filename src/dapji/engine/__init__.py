@@ -7,6 +7,7 @@ files; the layer above (dapji.model) turns messages into ids and ids into text. 
 from dapji.engine.base import AsyncStream, BaseEngine, Stream
 from dapji.engine.engine import Engine
 from dapji.engine.request import Finish, Logprobs, Output, Request, Sampling, Scores, Timings, Usage
+from dapji.engine.sampling import seed_of
 from dapji.engine.stop import StopStrings
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "Stream",
     "Timings",
     "Usage",
+    "seed_of",
 ]

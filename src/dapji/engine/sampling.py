@@ -18,6 +18,11 @@ _CHUNK = 64  # of `top_indices`: long enough that maxima are cheap, short enough
 _FEW = 1024  # of `_nearest`: a nucleus is rarely larger
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed for `Sampling` that follows from these, which are not negative, and is far from those of all others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 class Sampler:
     """Draws the tokens of one request. Holds the request's generator and nothing else that changes."""
 

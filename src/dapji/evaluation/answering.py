@@ -16,6 +16,7 @@ import numpy as np
 
 from dapji.chat.grammar import Grammar
 from dapji.chat.turn import text_of
+from dapji.engine import seed_of
 from dapji.errors import ContextError, DapjiError
 from dapji.evaluation.kept import Kept
 from dapji.evaluation.questions import Question
@@ -65,8 +66,7 @@ def ask(
     """
 
     def prepared(question: Question) -> Prepared:
-        drawn = int(np.random.SeedSequence([asking.seed, question.line]).generate_state(1, np.uint64)[0])
-        options = {**msgspec.structs.asdict(asking), "seed": drawn}
+        options = {**msgspec.structs.asdict(asking), "seed": seed_of(asking.seed, question.line)}
         if isinstance(question.prompt, str):
             return model.prepare_completion(question.prompt, **options)
         return model.prepare_chat(question.prompt, tools=question.tools or None, **options)

@@ -17,8 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from dapji.engine import seed_of
 from dapji.errors import FormatError, UsageError
 from dapji.model import Model, Reply
 from dapji.training.data.prompts import PromptEntry, asked, read_prompts
@@ -77,8 +76,8 @@ def write_answers(
     def answer(job: tuple[PromptEntry, int]) -> dict[str, Any] | None:
         entry, i = job
         assert entry.prompt is not None
-        drawn = int(np.random.SeedSequence([seed, entry.line, i]).generate_state(1, np.uint64)[0])
-        return _answered(model, entry.prompt.row, {**options, "seed": drawn}, {"line": entry.line, "answer": i})
+        drawn = {**options, "seed": seed_of(seed, entry.line, i)}
+        return _answered(model, entry.prompt.row, drawn, {"line": entry.line, "answer": i})
 
     with ThreadPoolExecutor(_TOGETHER) as pool, lines.open("a", encoding="utf-8") as file:
         waiting = [job for job in jobs if (job[0].line, job[1]) > done]

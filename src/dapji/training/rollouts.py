@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from dapji.engine import BaseEngine
+from dapji.engine import BaseEngine, seed_of
 from dapji.ops.tensor import Tensor
 from dapji.tokenizer import Tokenizer
 from dapji.training.actor import Actor, Answer
@@ -293,7 +293,7 @@ class RolloutSource:
             self._prompts[int(Permutation(n, self._seed + (number // n << 32)).at(np.array([number % n]))[0])]
             for number in numbers
         ]
-        seeds = [[_seed(self._seed, number, i) for i in range(size)] for number in numbers]
+        seeds = [[seed_of(self._seed % (1 << 64), number, i) for i in range(size)] for number in numbers]
         return self._writing.groups(prompts, numbers, seeds)
 
 
@@ -320,8 +320,3 @@ def _n_parts(groups: Sequence[Sequence[int]], capacity: int) -> int:
         return all(sum(part) <= capacity for lengths in groups for part in np.array_split(lengths, n))
 
     return next((n for n in range(1, most) if fits(n)), most)
-
-
-def _seed(run: int, number: int, answer: int) -> int:
-    """Of an answer: far from those of all others."""
-    return int(np.random.SeedSequence([run % (1 << 64), number, answer]).generate_state(1, np.uint64)[0])
