@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -72,20 +73,19 @@ def tune(
     of what takes its time after the last.
     Raises UsageError where the folder holds another run, and what reading model and data raises.
     """
-    with process_group(recipe.run.device) as device:
-        folder = Path(recipe.output)
-        lock = _claim(folder, recipe, resume) if is_first() else None
+    folder = Path(recipe.output)
+    with (
+        process_group(recipe.run.device) as device,
+        _claimed(folder, recipe, resume) if is_first() else nullcontext(),
+    ):
         together()
-        try:
-            files = open_files(recipe.model)
-            return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report, bars)
-        finally:
-            if lock is not None:
-                os.close(lock)
+        files = open_files(recipe.model)
+        return _run(recipe, files, folder, find_device(device), resume, prepare, plan, report, bars)
 
 
-def _claim(folder: Path, recipe: Recipe, resume: bool) -> int:
-    """The descriptor of the folder's recipe, which is locked until that is closed: nobody else may run it."""
+@contextmanager
+def _claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """The folder's recipe is locked meanwhile: nobody else may run it."""
     if record_path(folder).exists():
         raise UsageError(f"{folder}: a finished run", hint="give another output, or remove it")
     path = folder / RECIPE
@@ -97,10 +97,9 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> int:
         raise UsageError(f"{folder}: another process runs it now", hint="wait for it, or give another output")
     try:
         _begin(folder, recipe, resume)
-    except BaseException:
+        yield
+    finally:
         os.close(lock)
-        raise
-    return lock
 
 
 def _begin(folder: Path, recipe: Recipe, resume: bool) -> None:
