@@ -82,7 +82,7 @@ def test_other_options_do_not_go_on(dapji: Dapji, tiny: Path, prompts: Path, tmp
     (folder / "about.json").write_text('{"model": "other"}')
     done = dapji("distill", tiny, prompts, "-o", tmp_path / "examples.jsonl")
     assert done.code == 1
-    assert "of other prompts, another model or other options" in done.err
+    assert "answers of another call: model was other, now" in done.err
 
 
 def test_answers_that_are_too_long(dapji: Dapji, endless: Path, prompts: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from dapji.engine import seed_of
 from dapji.errors import FormatError, UsageError
+from dapji.evaluation.kept import begin
 from dapji.model import Model, Reply
 from dapji.training.data.prompts import PromptEntry, asked, read_prompts
 from dapji.training.data.reading import refusal
@@ -63,13 +64,14 @@ def write_answers(
     options = {**(sampling or {}), "max_tokens": max_tokens}
     about = {
         "model": model.name,
-        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "the prompts' sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "n": n,
         "seed": seed,
         "options": options,
     }
     folder = output.with_name(f"{output.name}.partial")
-    lines = _begin(folder, about)
+    begin(folder, about)
+    lines = _whole(folder / "answers.jsonl")
     jobs = [(entry, i) for entry in entries for i in range(n)]
     done, cut = _done(lines), 0
 
@@ -101,23 +103,11 @@ def write_answers(
     return Written(examples=examples, cut=cut)
 
 
-def _begin(folder: Path, about: Mapping[str, Any]) -> Path:
-    """The file of answers in the folder, in which every line is whole."""
-    record, lines = folder / "about.json", folder / "answers.jsonl"
-    if record.exists():
-        if json.loads(record.read_text(encoding="utf-8")) != about:
-            raise UsageError(
-                f"{folder}: of other prompts, another model or other options",
-                hint="remove it, or give what was given before",
-            )
-        whole = whole_lines(lines)
-        with replacing(lines) as file:
-            file.write(whole)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines.touch()
-        with replacing(record) as file:
-            file.write(json.dumps(about, indent=2, ensure_ascii=False).encode())
+def _whole(lines: Path) -> Path:
+    """The file without a line that was cut off."""
+    whole = whole_lines(lines)
+    with replacing(lines) as file:
+        file.write(whole)
     return lines
 
 
