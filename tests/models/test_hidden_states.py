@@ -13,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import CASES, DISTINCT, EXECUTORS, TEXT, TOLERANCE, opened, oracle, text, translated
 
+from dapji.models.decoder import hidden_states
 from dapji.models.executor import Executor
+from dapji.models.torch_executor import load_weights
 from dapji.ops.batch import Batch
+from dapji.ops.torch import SharedPrefixes, TorchTables, UncachedTorchOps
 
 Floats = NDArray[np.float32]
 
@@ -41,6 +44,26 @@ def test_hidden_states_are_those_of_transformers(name: str, kind: str) -> None:
     executor = opened(kind, config, tensors, context=TEXT, kv="f32")
     hidden, _ = stepped(executor, Batch.single(text(), all_rows=False), list(range(TEXT)))
     np.testing.assert_allclose(hidden, oracle_hidden(name), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in DISTINCT if kind == "torch-cpu"])
+def test_a_shared_beginning_is_computed_once(name: str) -> None:
+    """As training does: two texts that part beyond every threshold, as each says alone."""
+    config, tensors = translated(name)
+    weights = load_weights(tensors, device=torch.device("cpu"), dtype=torch.float32)
+    tables, common, n = TorchTables(TEXT, torch.device("cpu")), TEXT // 2, TEXT // 2 + 40
+    one, other = text(n), [*text(common), *text(40, seed=6)]
+
+    def states(tokens: list[int], lengths: list[int], shared: SharedPrefixes | None = None) -> torch.Tensor:
+        rows = torch.arange(len(tokens))
+        ops = UncachedTorchOps(torch.tensor(tokens), lengths, tables, hidden_rows=rows, shared=shared)
+        return hidden_states(config, weights, ops, lambda index, layer, x: layer(x))
+
+    places = torch.tensor([*range(n), *range(common), *range(n, n + 40)])
+    first = torch.tensor([*range(n), *range(n + common, 2 * n)])
+    together = states(one + other, [n, n], SharedPrefixes(first, places))
+    alone = torch.cat([states(tokens, [n]) for tokens in (one, other)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("name", "kind"), DISTINCT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ import tiny_training as tiny
 from dapji.errors import ConfigError
 from dapji.ops.formats import FORMATS
 from dapji.ops.tensor import Tensor
+from dapji.training.data.stream import Window
 from dapji.training.network import Network, Stored
 from dapji.training.settings import LoraSettings, layer_matrices
 from dapji.training.supervised import Supervised, losses_of
@@ -54,6 +56,58 @@ def test_packed_is_each_alone(window: int | None) -> None:
     packed = tiny.window(LENGTHS)
     apart = torch.cat([losses_of(network, each) for each in tiny.alone(packed)])
     torch.testing.assert_close(losses_of(network, packed), apart, **CLOSE)
+
+
+def shared() -> Window:
+    """Answers to one question, two of which begin alike, one of them twice; others with the same system message."""
+    system, asked = [1, 7, 7, 8], [20, 21, 22, 23, 24]
+    answers = [[*asked, 30, 31, 32], [*asked, 30, 40], [*asked, 30, 40], [*asked, 50, 30, 31], [60, 61], [20, 70]]
+    sequences = [[*system, *answer] for answer in answers]
+    learned = [[False] * len(sequence) for sequence in sequences]
+    for sequence, own in zip(sequences, learned, strict=True):
+        own[9 if len(sequence) > 8 else 4 :] = [True] * len(sequence[9 if len(sequence) > 8 else 4 :])
+    return Window(
+        tokens=np.concatenate(sequences).astype(np.int32),
+        learned=np.concatenate(learned),
+        starts=np.cumsum([0, *map(len, sequences)], dtype=np.int32),
+        samples=np.arange(len(sequences)),
+        good=np.full(len(sequences), -1, dtype=np.int8),
+    )
+
+
+def test_prefixes_are_found() -> None:
+    window = shared()
+    first, places = window.prefixes
+    np.testing.assert_array_equal(window.tokens[first][places], window.tokens)
+    np.testing.assert_array_equal(window.positions[first][places], window.positions)
+    # the system message, the question, 30 31 32, 40, 50 30 31, 60 61, 70 after the question's first token
+    assert len(first) == 4 + 5 + 3 + 1 + 3 + 2 + 1
+    before = [tuple(window.tokens[window.starts[window.segments[i]] : i + 1]) for i in range(len(places))]
+    assert len(set(before)) == len(first)
+    assert all((before[i] == before[j]) == (places[i] == places[j]) for i in range(len(places)) for j in range(i))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4), LoraSettings(rank=4, dora=True)])
+def test_a_shared_prefix_is_computed_once(window: int | None, lora: LoraSettings | None) -> None:
+    """With fewer rows in the feed-forward, and the losses and gradients of each sequence alone."""
+    network, packed = tiny.network(tiny.config(window=window), lora=lora), shared()
+    rows = []
+    network.get_submodule("layers.0").register_forward_hook(lambda module, given, x: rows.append(len(x)))
+    together = losses_of(network, packed)
+    assert rows == [len(packed.prefixes[0])]
+    torch.testing.assert_close(together, torch.cat([losses_of(network, each) for each in tiny.alone(packed)]), **CLOSE)
+    same_gradients = gradients(network, tiny.alone(packed))
+    for name, gradient in gradients(network, [packed]).items():
+        torch.testing.assert_close(
+            gradient, same_gradients[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_a_shared_prefix_gives_the_same_bits_again() -> None:
+    network, packed = tiny.network(tiny.config()), shared()
+    once, again = (gradients(network, [packed]) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=4), LoraSettings(rank=4, dora=True)])

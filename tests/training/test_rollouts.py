@@ -181,10 +181,11 @@ def test_a_step_does_not_depend_on_its_split(n_parts: int) -> None:
 
 
 def test_groups_are_split_alike_into_parts_that_fit() -> None:
-    assert _n_parts([[10, 10, 10, 10], [1, 1, 1, 1]], 40) == 1
-    assert _n_parts([[10, 10, 10, 10], [1, 1, 1, 1]], 39) == 2
-    assert _n_parts([[10, 10, 10, 10], [1, 9, 9, 9]], 19) == 4
-    assert _n_parts([[10, 10, 10, 10], [1, 1, 1, 50]], 30) == 4, "an answer is never cut"
+    tens, ones = (3, [10, 10, 10, 10]), (3, [1, 1, 1, 1])
+    assert _n_parts([tens, ones], 43) == 1, "a part has the prompt once"
+    assert _n_parts([tens, ones], 42) == 2
+    assert _n_parts([tens, (3, [1, 9, 9, 9])], 20) == 4
+    assert _n_parts([tens, (3, [1, 1, 1, 50])], 30) == 4, "an answer is never cut"
 
 
 RUN = "[optimizer]\nlearning_rate = 2e-2\nwarmup = 0\n[run]\nbatch = 2\nsave_every = 1\nevaluate_every = 20"

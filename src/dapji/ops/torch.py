@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -351,19 +352,34 @@ class _Group:
         return self._views[attention]
 
 
+class SharedPrefixes(NamedTuple):
+    """Tokens of several sequences, those that have the same before them taken as one: a causal model says the same of
+    them."""
+
+    first: Tensor
+    """[U] int64, rising: where each distinct token stands first among all T."""
+    places: Tensor
+    """[T] int64: where in `first` each token is."""
+
+
 class UncachedTorchOps(TorchOps):
     """The ops on whole sequences, one after the other, which do not see each other; gradients flow through all."""
 
     def __init__(
         self, tokens: Tensor, lengths: Sequence[int], tables: TorchTables, *,
-        adapters: Adapters | None = None, hidden_rows: Tensor | None = None,
+        adapters: Adapters | None = None, hidden_rows: Tensor | None = None, shared: SharedPrefixes | None = None,
     ) -> None:  # fmt: skip
         """tokens: [T] int64. lengths: of the sequences, T in all. adapters: of all sequences, whatever their numbers.
-        hidden_rows: [N] int64; None: no row. Logits are of all rows."""
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        super().__init__(tokens, positions.to(tokens.device), tables, adapters or {})
+        hidden_rows: [N] int64 in T; None: no row. shared: rows are those of `first`, so that all but attention is
+        computed for U tokens. Logits are of all rows."""
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(tokens.device)
+        if shared is not None:
+            tokens, positions = tokens[shared.first], positions[shared.first]
+            hidden_rows = None if hidden_rows is None else shared.places[hidden_rows]
+        super().__init__(tokens, positions, tables, adapters or {})
         self._lengths = lengths
         self._hidden_rows = hidden_rows
+        self._shared = shared
         self._masks: dict[tuple[Attention, int], Tensor | None] = {}
 
     def _changed(self, y: Tensor, x: Tensor, bias: Tensor | None, number: int, pair: TorchLowRank) -> Tensor:
@@ -394,7 +410,15 @@ class UncachedTorchOps(TorchOps):
         return self._attend(queries.flatten(1), keys.flatten(1), values.flatten(1), asked)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
-        """q: [T, H*Dh], k: [T, K*Dh], v: [T, K*Dv]. Returns [T, H*Dv]."""
+        """q: [U, H*Dh], k: [U, K*Dh], v: [U, K*Dv]. Returns [U, H*Dv]."""
+        if self._shared is None:
+            return self._attend_all(q, k, v, attention)
+        # By index_select: the gradient of x[places] is added up in another order each time.
+        q, k, v = (x.index_select(0, self._shared.places) for x in (q, k, v))
+        return self._attend_all(q, k, v, attention).index_select(0, self._shared.first)
+
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+        """The same of all T."""
         if len(set(self._lengths)) == 1:  # all at once
             return self._attend_alike(q, k, v, self._lengths[0], attention)
         queries, keys, values = (torch.split(x, list(self._lengths)) for x in (q, k, v))
@@ -416,7 +440,7 @@ class UncachedTorchOps(TorchOps):
         return x
 
     def select_hidden(self, x: Tensor) -> Tensor:
-        return x[:0] if self._hidden_rows is None else x[self._hidden_rows]
+        return x[:0] if self._hidden_rows is None else x.index_select(0, self._hidden_rows)
 
 
 def needs_mask(attention: Attention, length: int) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dapji.models.config import ModelConfig, weight_shapes
 from dapji.models.decoder import head_name, hidden_states
 from dapji.ops.tensor import Tensor as StoredTensor
-from dapji.ops.torch import TorchTables, UncachedTorchOps
+from dapji.ops.torch import SharedPrefixes, TorchTables, UncachedTorchOps
 from dapji.ops.torch_kernels import linear, low_rank_linear, row_lengths
 from dapji.training.data.stream import Window
 from dapji.training.settings import LoraSettings
@@ -30,6 +30,10 @@ Head = Callable[[Tensor, Tensor, float | None], Tensor]
 
 A, B, MAGNITUDE = "_lora_a", "_lora_b", "_lora_magnitude"
 """What the names of an adapter's parameters end in, after the name of the weight that they change."""
+
+
+_WORTH = 0.97
+"""Share of distinct tokens from which on it takes longer to gather the others for attention than to compute them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +169,16 @@ class Network(nn.Module):
         tokens = torch.as_tensor(window.tokens, dtype=torch.int64, device=self.device)
         rows = torch.as_tensor(window.learned, device=self.device).nonzero().squeeze(1) - 1
         lengths = (window.starts[1:] - window.starts[:-1]).tolist()
-        ops = _Ops(tokens, lengths, self._tables, hidden_rows=rows)
+        ops = _Ops(tokens, lengths, self._tables, hidden_rows=rows, shared=self._shared(window))
         weights = _Weights(self)
         hidden = hidden_states(self.config, weights, ops, self._run)
         return head(hidden, weights[head_name(self.config)], self.config.logit_softcap)
+
+    def _shared(self, window: Window) -> SharedPrefixes | None:
+        first, places = window.prefixes
+        if len(first) > _WORTH * len(places):
+            return None
+        return SharedPrefixes(*(torch.from_numpy(each).to(self.device) for each in (first, places)))
 
     def _run(self, index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         module = self.get_submodule(f"layers.{index}")

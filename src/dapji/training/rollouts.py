@@ -84,9 +84,9 @@ class _Group:
     references: Sequence[NDArray[np.float32]] | None
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of the prompt and each answer."""
-        return [len(self.prompt.ids) + len(answer.tokens) for answer in self.answers]
+    def lengths(self) -> tuple[int, list[int]]:
+        """Tokens of the prompt, and of each answer."""
+        return len(self.prompt.ids), [len(answer.tokens) for answer in self.answers]
 
     def window(self, n_parts: int = 1) -> Rollouts:
         n_prompt = len(self.prompt.ids)
@@ -311,12 +311,12 @@ class EvaluationSource:
         return [group.window() for group in groups]
 
 
-def _n_parts(groups: Sequence[Sequence[int]], capacity: int) -> int:
+def _n_parts(groups: Sequence[tuple[int, Sequence[int]]], capacity: int) -> int:
     """Into how many parts all groups are split, alike on every rank, so that none has more tokens; at most one for each
-    answer. groups: the tokens of each answer."""
-    most = len(groups[0])
+    answer. groups: the tokens of the prompt, which a part has once, and of each answer."""
+    most = len(groups[0][1])
 
     def fits(n: int) -> bool:
-        return all(sum(part) <= capacity for lengths in groups for part in np.array_split(lengths, n))
+        return all(prompt + sum(part) <= capacity for prompt, own in groups for part in np.array_split(own, n))
 
     return next((n for n in range(1, most) if fits(n)), most)

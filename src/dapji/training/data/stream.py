@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,23 @@ class Window:
     def labels(self) -> NDArray[np.int32]:
         """[R] the learned tokens: what the rows of `batch` have to predict."""
         return self.tokens[self.learned]
+
+    @property
+    def prefixes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[U] and [T]: where each token stands that has something before it, of its sequence, that no earlier one
+        has; and which of those each token is the same as."""
+        first: list[int] = []
+        places = np.empty(len(self.tokens), dtype=np.int64)
+        after: dict[tuple[int, int], int] = {}  # the one before and the token -> its number
+        tokens = self.tokens.tolist()
+        for start, end in pairwise(self.starts.tolist()):
+            number = -1
+            for i in range(start, end):
+                number = after.setdefault((number, tokens[i]), len(first))
+                if number == len(first):
+                    first.append(i)
+                places[i] = number
+        return np.array(first, dtype=np.int64), places
 
     def select(self, sequences: NDArray[np.bool_]) -> Window:
         """Some of its sequences alone, in their order. sequences: [B], whether each is wanted; at least one is."""
