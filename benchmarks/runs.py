@@ -82,7 +82,7 @@ def draw_run(path: Path, plot: Plot, runs: dict[str, Any]) -> None:
         for number, (seed, found) in enumerate(runs.items()):
             colour = COLOURS[number]
             axes.plot(range(1, len(found["steps"]) + 1), found["steps"], color=colour, alpha=0.35, linewidth=0.9)
-            label = "held out" if len(runs) == 1 else f"held out, seed {seed}"
+            label = titled("held out", "tuned" if len(runs) == 1 else seed)
             axes.plot(*zip(*found["held_out"], strict=True), color=colour, marker="o", markersize=4, label=label)
         axes.set(ylim=(0, None))
         axes.legend()
@@ -95,11 +95,10 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
         for seed, found in results.get(name, {}).items():
             first, last = (f"{found['held_out'][i][1]:.3f}" for i in (0, -1))
             before = "" if plot.first else first
-            title = name if seed == "tuned" else f"{name}, seed {seed}"
-            rows.append((title, plot.y, before, last, f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60)))
+            rows.append((titled(name, seed), plot.y, before, last, f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60)))
     yield table(header, rows)
     exams = [
-        (f"{name}, seed {seed}", exam["before"], exam["score"], exam["difference"])
+        (titled(name, seed), exam["before"], exam["score"], exam["difference"])
         for name, runs in results.items()
         for seed, found in runs.items()
         if (exam := found.get("exam"))
@@ -116,6 +115,11 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
             for name, before, after, change in exams
         ]
         yield "What the tuned models answer, with 95 % intervals:\n\n" + table(header, rows)
+
+
+def titled(name: str, folder: str) -> str:
+    """What a run is called after the name of its folder: a seed, `tuned`, or what is special about it."""
+    return name if folder == "tuned" else f"{name}, seed {folder}" if folder.isdigit() else f"{name}, {folder}"
 
 
 def interval(score: dict[str, float]) -> str:

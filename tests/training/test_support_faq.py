@@ -22,9 +22,9 @@ def test_held_out_questions_are_new_and_their_answers_are_not() -> None:
     asked: dict[str, set[str]] = defaultdict(set)
     for row in train:
         asked[row["messages"][1]["content"]].add(row["messages"][0]["content"])
-    assert [len(questions) for questions in asked.values()] == [10] * 20
+    assert [len(questions) for questions in asked.values()] == [10, 30] * 5
     topics = Counter((row["topic"], row["language"]) for row in held_out)
-    assert list(topics.values()) == [5] * 20
+    assert list(topics.values()) == [10] * 10
     for row in held_out:
         question, answer = (message["content"] for message in row["messages"])
         assert question not in asked[answer]
