@@ -95,7 +95,16 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
         for seed, found in results.get(name, {}).items():
             first, last = (f"{found['held_out'][i][1]:.3f}" for i in (0, -1))
             before = "" if plot.first else first
-            rows.append((titled(name, seed), plot.y, before, last, f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60)))
+            rows.append(
+                (
+                    titled(name, seed),
+                    plot.y,
+                    before,
+                    last,
+                    f"{found['trained_tokens']:,.0f}",
+                    round(found["seconds"] / 60),
+                )
+            )
     yield table(header, rows)
     exams = [
         (titled(name, seed), exam["before"], exam["score"], exam["difference"])
