@@ -45,7 +45,8 @@ def proportion(passed: Sequence[float]) -> Score:
     share = sum(passed) / n
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return Score(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+    # In the two ends the interval ends there too, but for rounding.
+    return Score(value=share, low=0.0 if share == 0 else centre - half, high=1.0 if share == 1 else centre + half, n=n)
 
 
 def mean_score(values: Sequence[float]) -> Score:
