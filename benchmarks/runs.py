@@ -55,7 +55,7 @@ def collected(folder: Path, plot: Plot) -> dict[str, Any]:
     found: dict[str, Any] = {
         "steps": [round(line[plot.step], 4) for line in record.steps],
         "held_out": [
-            [line["step"], round(line[plot.held_out], 4)]
+            [line["step"], round(line[plot.held_out], 6)]
             for line in record.evaluations
             if plot.held_out in line and line["step"] >= plot.first
         ],
