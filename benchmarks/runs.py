@@ -82,7 +82,7 @@ def draw_run(path: Path, plot: Plot, runs: dict[str, Any]) -> None:
         for number, (seed, found) in enumerate(runs.items()):
             colour = COLOURS[number]
             axes.plot(range(1, len(found["steps"]) + 1), found["steps"], color=colour, alpha=0.35, linewidth=0.9)
-            label = titled("held out", "tuned" if len(runs) == 1 else seed)
+            label = "held out" if len(runs) == 1 else titled("held out", seed)
             axes.plot(*zip(*found["held_out"], strict=True), color=colour, marker="o", markersize=4, label=label)
         axes.set(ylim=(0, None))
         axes.legend()
@@ -95,16 +95,8 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
         for seed, found in results.get(name, {}).items():
             first, last = (f"{found['held_out'][i][1]:.3f}" for i in (0, -1))
             before = "" if plot.first else first
-            rows.append(
-                (
-                    titled(name, seed),
-                    plot.y,
-                    before,
-                    last,
-                    f"{found['trained_tokens']:,.0f}",
-                    round(found["seconds"] / 60),
-                )
-            )
+            tokens, minutes = f"{found['trained_tokens']:,.0f}", round(found["seconds"] / 60)
+            rows.append((titled(name, seed), plot.y, before, last, tokens, minutes))
     yield table(header, rows)
     exams = [
         (titled(name, seed), exam["before"], exam["score"], exam["difference"])

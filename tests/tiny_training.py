@@ -116,25 +116,32 @@ def write_recipe(folder: Path, *tables: str, name: str = "run", window: int = 12
 def window(lengths: list[int], *, seed: int = 0, prompt: int = 3) -> Window:
     """Sequences of random tokens, the first few of each not learned."""
     random = np.random.default_rng(seed)
-    learned = np.concatenate([np.arange(length) >= min(prompt, length - 1) for length in lengths])
+    tokens = random.integers(len(CONTROL), len(CONTROL) + 256, sum(lengths))
+    prompts = [min(prompt, length - 1) for length in lengths]
+    return packed([part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])], prompts)
+
+
+def packed(sequences: list[list[int]], prompts: list[int]) -> Window:
+    """Sequences, of each the first so many tokens not learned."""
+    learned = [np.arange(len(sequence)) >= n for sequence, n in zip(sequences, prompts, strict=True)]
     return Window(
-        tokens=random.integers(len(CONTROL), len(CONTROL) + 256, sum(lengths)).astype(np.int32),
-        learned=learned,
-        starts=np.cumsum([0, *lengths], dtype=np.int32),
-        samples=np.arange(len(lengths)),
-        good=np.full(len(lengths), -1, dtype=np.int8),
+        tokens=np.concatenate(sequences).astype(np.int32),
+        learned=np.concatenate(learned),
+        starts=np.cumsum([0, *map(len, sequences)], dtype=np.int32),
+        samples=np.arange(len(sequences)),
+        good=np.full(len(sequences), -1, dtype=np.int8),
     )
 
 
-def alone(packed: Window) -> list[Window]:
+def alone(window: Window) -> list[Window]:
     """Each sequence in a window of its own."""
     return [
         Window(
-            tokens=packed.tokens[a:b],
-            learned=packed.learned[a:b],
+            tokens=window.tokens[a:b],
+            learned=window.learned[a:b],
             starts=np.array([0, b - a], dtype=np.int32),
-            samples=packed.samples[i : i + 1],
-            good=packed.good[i : i + 1],
+            samples=window.samples[i : i + 1],
+            good=window.good[i : i + 1],
         )
-        for i, (a, b) in enumerate(zip(packed.starts[:-1], packed.starts[1:], strict=True))
+        for i, (a, b) in enumerate(zip(window.starts[:-1], window.starts[1:], strict=True))
     ]

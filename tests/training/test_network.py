@@ -60,19 +60,11 @@ def test_packed_is_each_alone(window: int | None) -> None:
 
 def shared() -> Window:
     """Answers to one question, two of which begin alike, one of them twice; others with the same system message."""
-    system, asked = [1, 7, 7, 8], [20, 21, 22, 23, 24]
-    answers = [[*asked, 30, 31, 32], [*asked, 30, 40], [*asked, 30, 40], [*asked, 50, 30, 31], [60, 61], [20, 70]]
-    sequences = [[*system, *answer] for answer in answers]
-    learned = [[False] * len(sequence) for sequence in sequences]
-    for sequence, own in zip(sequences, learned, strict=True):
-        own[9 if len(sequence) > 8 else 4 :] = [True] * len(sequence[9 if len(sequence) > 8 else 4 :])
-    return Window(
-        tokens=np.concatenate(sequences).astype(np.int32),
-        learned=np.concatenate(learned),
-        starts=np.cumsum([0, *map(len, sequences)], dtype=np.int32),
-        samples=np.arange(len(sequences)),
-        good=np.full(len(sequences), -1, dtype=np.int8),
-    )
+    system, question = [1, 7, 7, 8], [20, 21, 22, 23, 24]
+    answers = [[30, 31, 32], [30, 40], [30, 40], [50, 30, 31]]
+    asked = [[*system, *question, *answer] for answer in answers]
+    others = [[*system, 60, 61], [*system, 20, 70]]
+    return tiny.packed(asked + others, [len(system + question)] * len(asked) + [len(system)] * len(others))
 
 
 def test_prefixes_are_found() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import msgspec
 
 from dapji.errors import FormatError, UsageError
-from dapji.weights.files import replacing, whole_lines
+from dapji.weights.files import keep_whole_lines, replacing
 
 
 class Finished(Protocol):
@@ -49,14 +49,11 @@ class Kept(Generic[F]):
         self._file = None
         if path is None:
             return
-        whole = whole_lines(path)
         decoder = msgspec.json.Decoder(kind)
         try:
-            self.rows = {each.row: each for each in decoder.decode_lines(whole)}
+            self.rows = {each.row: each for each in decoder.decode_lines(keep_whole_lines(path))}
         except msgspec.DecodeError as error:
             raise FormatError(f"{path}: damaged: {error}", hint="delete it") from error
-        with replacing(path) as file:
-            file.write(whole)
         self._file = path.open("ab")
 
     def add(self, each: F) -> None:

@@ -353,13 +353,12 @@ class _Group:
 
 
 class SharedPrefixes(NamedTuple):
-    """Tokens of several sequences, those that have the same before them taken as one: a causal model says the same of
-    them."""
+    """Of T tokens of several sequences, U to compute: a causal model says the same of equal tokens after equal ones."""
 
     first: Tensor
-    """[U] int64, rising: where each distinct token stands first among all T."""
+    """[U] int64: the tokens that are computed, by their numbers among the T."""
     places: Tensor
-    """[T] int64: where in `first` each token is."""
+    """[T] int64: which of `first` stands for each token."""
 
 
 class UncachedTorchOps(TorchOps):
@@ -413,7 +412,7 @@ class UncachedTorchOps(TorchOps):
         """q: [U, H*Dh], k: [U, K*Dh], v: [U, K*Dv]. Returns [U, H*Dv]."""
         if self._shared is None:
             return self._attend_all(q, k, v, attention)
-        # By index_select: the gradient of x[places] is added up in another order each time.
+        # index_select, here and for hidden rows: threads add up the gradient of x[places] in another order each time.
         q, k, v = (x.index_select(0, self._shared.places) for x in (q, k, v))
         return self._attend_all(q, k, v, attention).index_select(0, self._shared.first)
 

@@ -7,7 +7,6 @@ one was cut off.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,8 @@ from dapji.evaluation.kept import begin
 from dapji.model import Model, Reply
 from dapji.training.data.prompts import PromptEntry, asked, read_prompts
 from dapji.training.data.reading import refusal
-from dapji.weights.files import replacing, whole_lines
+from dapji.weights.files import keep_whole_lines
+from dapji.weights.sources_base import sha256_file
 
 _TOGETHER = 32
 """Answers at a time."""
@@ -64,16 +64,16 @@ def write_answers(
     options = {**(sampling or {}), "max_tokens": max_tokens}
     about = {
         "model": model.name,
-        "the prompts' sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "the prompts' sha256": sha256_file(prompts),
         "n": n,
         "seed": seed,
         "options": options,
     }
     folder = output.with_name(f"{output.name}.partial")
     begin(folder, about)
-    lines = _whole(folder / "answers.jsonl")
+    lines = folder / "answers.jsonl"
+    done, cut = _last(keep_whole_lines(lines)), 0
     jobs = [(entry, i) for entry in entries for i in range(n)]
-    done, cut = _done(lines), 0
 
     def answer(job: tuple[PromptEntry, int]) -> dict[str, Any] | None:
         entry, i = job
@@ -103,21 +103,12 @@ def write_answers(
     return Written(examples=examples, cut=cut)
 
 
-def _whole(lines: Path) -> Path:
-    """The file without a line that was cut off."""
-    whole = whole_lines(lines)
-    with replacing(lines) as file:
-        file.write(whole)
-    return lines
-
-
-def _done(lines: Path) -> tuple[int, int]:
+def _last(lines: bytes) -> tuple[int, int]:
     """The last answer that is there; all before it have been written, or left out."""
-    last = (0, 0)
-    with lines.open(encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            last = (row["line"], row["answer"])
-    return last
+    if not lines:
+        return 0, 0
+    row = json.loads(lines.splitlines()[-1])
+    return row["line"], row["answer"]
 
 
 def _batches(jobs: Iterator[tuple[PromptEntry, int]]) -> Iterator[list[tuple[PromptEntry, int]]]:

@@ -33,7 +33,8 @@ A, B, MAGNITUDE = "_lora_a", "_lora_b", "_lora_magnitude"
 
 
 _WORTH = 0.97
-"""Share of distinct tokens from which on it takes longer to gather the others for attention than to compute them."""
+"""Share of distinct tokens above which nothing is gained: to gather the others for attention takes 3 to 4 % of a
+window's time."""
 
 _ROWS = 16
 """Distinct tokens become a multiple of it by the last one again: oneDNN keeps what it has compiled for each number of

@@ -178,6 +178,14 @@ def whole_lines(path: Path) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
+def keep_whole_lines(path: Path) -> bytes:
+    """`whole_lines`, which are all that the file has afterwards. Raises UsageError as `replacing`."""
+    lines = whole_lines(path)
+    with replacing(path) as file:
+        file.write(lines)
+    return lines
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `target` when the block ends without an exception.

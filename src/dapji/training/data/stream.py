@@ -52,8 +52,8 @@ class Window:
 
     @property
     def prefixes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[U] and [T]: where each token stands that has something before it, of its sequence, that no earlier one
-        has; and which of those each token is the same as."""
+        """[U] numbers of the tokens before which their sequences are unlike all earlier ones, or which are unlike what
+        follows there; and [T] which of these each token is the same as, all before it included."""
         first: list[int] = []
         places = np.empty(len(self.tokens), dtype=np.int64)
         after: dict[tuple[int, int], int] = {}  # the one before and the token -> its number
